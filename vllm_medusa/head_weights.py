@@ -1,0 +1,160 @@
+"""HeadSpec and HeadWeights: what Medusa heads are, and their tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSpec:
+    """Shape of a set of Medusa heads (paper section 2.1.1).
+
+    Parameters
+    ----------
+    num_heads
+        K; head k (from 1) predicts the token k+1 positions ahead.
+    num_layers
+        L independent residual layers per head; 0 leaves the hidden state as it is.
+    hidden_size
+        d of the base model.
+    vocab_size
+        V of the base model; None when neither the file nor the caller knows it.
+    bias
+        Whether the layers have biases (the paper's formula has none, the
+        published checkpoints do).
+    own_lm_head
+        Whether the checkpoint brings output matrices; else the base's is used.
+    common_lm_head
+        With ``own_lm_head``: one matrix serves all heads.
+    vocab_subset_size
+        V' when heads only score a subset of the vocabulary, else None.
+    vocab_subset_per_head
+        Whether every head has a subset of its own.
+    dtype
+        Of every weight.
+    """
+
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int | None = None
+    bias: bool = False
+    own_lm_head: bool = False
+    common_lm_head: bool = False
+    vocab_subset_size: int | None = None
+    vocab_subset_per_head: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_heads", 1), ("num_layers", 0), ("hidden_size", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"HeadSpec.{name}: found {value}, expected at least {least}")
+        if not self.dtype.is_floating_point:
+            raise ValueError(
+                f"HeadSpec.dtype: found {self.dtype}, expected a floating-point dtype such as "
+                "torch.bfloat16"
+            )
+        if self.common_lm_head and not self.own_lm_head:
+            raise ValueError("HeadSpec.common_lm_head: True needs own_lm_head=True")
+        if self.vocab_subset_per_head and self.vocab_subset_size is None:
+            raise ValueError("HeadSpec.vocab_subset_per_head: True needs vocab_subset_size")
+        if self.own_lm_head and self.output_size is None:
+            raise ValueError(
+                "HeadSpec.vocab_size: found None, but own lm_heads need their number of rows; "
+                "give vocab_size or vocab_subset_size"
+            )
+        if None not in (self.vocab_subset_size, self.vocab_size) and not (
+            1 <= self.vocab_subset_size <= self.vocab_size
+        ):
+            raise ValueError(
+                f"HeadSpec.vocab_subset_size: found {self.vocab_subset_size}, expected "
+                f"1..vocab_size ({self.vocab_size})"
+            )
+
+    @property
+    def output_size(self) -> int | None:
+        """V': logits per head before the token map, None when V is unknown."""
+        return self.vocab_size if self.vocab_subset_size is None else self.vocab_subset_size
+
+    @property
+    def num_lm_heads(self) -> int:
+        """Number of output matrices held: 0 (base's), 1 (common) or K."""
+        if not self.own_lm_head:
+            return 0
+        return 1 if self.common_lm_head else self.num_heads
+
+    @property
+    def num_token_maps(self) -> int:
+        """Number of vocabulary subsets held: 0, 1 (common) or K."""
+        if self.vocab_subset_size is None:
+            return 0
+        return self.num_heads if self.vocab_subset_per_head else 1
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained weights (token maps are not)."""
+        layer = self.hidden_size * (self.hidden_size + int(self.bias))
+        lm_head = self.hidden_size * (self.output_size or 0)
+        return self.num_heads * self.num_layers * layer + self.num_lm_heads * lm_head
+
+
+@dataclasses.dataclass
+class HeadWeights:
+    """Tensors of all heads, stacked, and where they came from.
+
+    Parameters
+    ----------
+    format
+        Letter of the checkpoint format (``checkpoint_formats.FORMATS``).
+    metadata
+        ``base_model_name_or_path`` (str or None), ``config`` (decoded
+        config.json), ``dequantised`` and ``tied_layers`` when true.
+    """
+
+    spec: HeadSpec
+    # [num_layers, num_heads, hidden_size, hidden_size], spec.dtype
+    weight: torch.Tensor
+    # [num_layers, num_heads, hidden_size], spec.dtype
+    bias: torch.Tensor | None = None
+    # [num_lm_heads, output_size, hidden_size], spec.dtype
+    lm_head: torch.Tensor | None = None
+    # [num_token_maps, output_size] int64: head's vocabulary id -> base vocabulary id
+    token_map: torch.Tensor | None = None
+    format: str = "C2"
+    source_files: tuple[Path, ...] = ()
+    tree_path: Path | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        stack = (spec.num_layers, spec.num_heads, spec.hidden_size)
+        wanted = {
+            "weight": ((*stack, spec.hidden_size), spec.dtype),
+            "bias": (stack, spec.dtype) if spec.bias else None,
+            "lm_head": ((spec.num_lm_heads, spec.output_size, spec.hidden_size), spec.dtype)
+            if spec.own_lm_head
+            else None,
+            "token_map": ((spec.num_token_maps, spec.vocab_subset_size), torch.int64)
+            if spec.num_token_maps
+            else None,
+        }
+        for name, expected in wanted.items():
+            tensor = getattr(self, name)
+            found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+            if found != expected:
+                raise ValueError(
+                    f"HeadWeights.{name}: found {found}, expected {expected} by the spec; build "
+                    "spec and tensors from the same checkpoint"
+                )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.weight, self.bias, self.lm_head, self.token_map)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
