@@ -1,0 +1,113 @@
+"""What a user may ask of Medusa, validated once, with every default in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+MEDUSA_METHOD = "medusa"
+MEDUSA_PREFIX = "medusa:"
+
+# One 64-bit word holds a row's ancestors, so a tree is the root and 63 nodes.
+MAX_TREE_NODES = 63
+
+# An NVIDIA GPU verifies 64 rows of one request at almost the price of one; two
+# AVX2 cores pay 1.29 plain steps for 17 rows and 2.41 for 65 (SmolLM2-135M,
+# vLLM 0.32 CPU), so the default budget there is where the curve still pays.
+DEFAULT_NODE_BUDGET = {"cuda": MAX_TREE_NODES, "cpu": 12}
+
+# Used when the checkpoint directory brings no tree.json of its own.
+DEFAULT_TREE = "mc_sim_7b_63"
+
+
+@dataclass(frozen=True)
+class MedusaOptions:
+    """Options of ``speculative_config`` for ``method="medusa"``.
+
+    Attributes
+    ----------
+    model : str
+        Heads: a directory, a ``.safetensors`` file, a ``.pt`` file or a hub id.
+    num_speculative_tokens : int or None
+        Node budget: at most this many nodes (root not counted) are verified per
+        step.  None takes :data:`DEFAULT_NODE_BUDGET` for the device.
+    tree : str or list or None
+        Preset name, path of a tree file, list of widths or list of paths; None
+        takes ``tree.json`` beside the heads, else :data:`DEFAULT_TREE`.
+    num_heads : int or None
+        Use only the first heads; None uses all in the file.
+    revision : str or None
+        Hub revision of ``model``.
+    """
+
+    model: str
+    num_speculative_tokens: int | None = None
+    tree: str | list | None = None
+    num_heads: int | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(
+                f"medusa: model={self.model!r} is not a path; give the directory, .safetensors "
+                "file or hub id of the Medusa heads"
+            )
+        if self.num_speculative_tokens is not None and not (
+            isinstance(self.num_speculative_tokens, int)
+            and 1 <= self.num_speculative_tokens <= MAX_TREE_NODES
+        ):
+            raise ValueError(
+                f"medusa: num_speculative_tokens={self.num_speculative_tokens!r} is the node "
+                f"budget of the tree and must be an integer from 1 to {MAX_TREE_NODES}"
+            )
+        if self.num_heads is not None and not (
+            isinstance(self.num_heads, int) and self.num_heads >= 1
+        ):
+            raise ValueError(f"medusa: num_heads={self.num_heads!r} must be a positive integer")
+
+    @classmethod
+    def from_speculative_config(cls, config: Mapping[str, Any]) -> MedusaOptions:
+        """Read vLLM's ``speculative_config`` dictionary (``-`` and ``_`` are alike).
+
+        Raises
+        ------
+        ValueError
+            On a key that Medusa does not understand, naming it and the known ones.
+        """
+        given = {key.replace("-", "_"): value for key, value in config.items()}
+        method = given.pop("method", MEDUSA_METHOD)
+        if method != MEDUSA_METHOD:
+            raise ValueError(f"method={method!r} is not {MEDUSA_METHOD!r}")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise ValueError(
+                f"medusa: speculative_config key {unknown[0]!r} has no meaning for Medusa; "
+                f"known keys: method, {', '.join(sorted(known))}"
+            )
+        if given.get("model") is None:
+            raise ValueError(
+                "medusa: speculative_config names no heads; add \"model\": "
+                "\"<directory, .safetensors file or hub id>\""
+            )
+        return cls(**given)
+
+
+def parse_speculative_model(value: str) -> str:
+    """``medusa:PATH`` -> ``PATH``.
+
+    Raises
+    ------
+    ValueError
+        When the prefix or the path is missing.
+    """
+    if not isinstance(value, str) or not value.startswith(MEDUSA_PREFIX):
+        raise ValueError(
+            f"speculative_model={value!r} is not understood: write {MEDUSA_PREFIX}<path of the "
+            "heads>, or use --speculative-config for vLLM's own methods"
+        )
+    path = value[len(MEDUSA_PREFIX) :]
+    if not path:
+        raise ValueError(f"speculative_model={value!r} names no heads after {MEDUSA_PREFIX!r}")
+    return path

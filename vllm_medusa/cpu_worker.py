@@ -1,0 +1,28 @@
+"""vLLM's CPU worker with the tree-verifying model runner."""
+
+from __future__ import annotations
+
+# Imported first: it patches torch.cuda's streams and events for the V2 runner.
+from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+
+from vllm_medusa import cpu_kernels, vllm_seams
+from vllm_medusa.front_end import CPU_BACKEND
+from vllm_medusa.runner import TreeRunnerMixin
+
+
+class MedusaCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
+    """The V2 runner on a CPU."""
+
+
+class MedusaCPUWorker(CPUWorker):
+    """``worker_cls`` on CPUs."""
+
+    def init_device(self) -> None:
+        """Register kernels and the attention backend in this process, then start as usual."""
+        cpu_kernels.register()
+        register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+        with vllm_seams.cpu_runner_class(MedusaCPUModelRunner):
+            super().init_device()

@@ -1,0 +1,128 @@
+"""From what a user types to vLLM's config: flag, keyword, and the pieces that Medusa needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_medusa.compatibility import check_config
+from vllm_medusa.config import MEDUSA_METHOD, MEDUSA_PREFIX, parse_speculative_model
+from vllm_medusa.speculative_config import MedusaSpeculativeConfig, create_medusa_config
+
+CUDA_WORKER = "vllm_medusa.worker.MedusaWorker"
+CPU_WORKER = "vllm_medusa.cpu_worker.MedusaCPUWorker"
+STOCK_WORKERS = ("vllm.v1.worker.gpu_worker.Worker", "vllm.v1.worker.cpu_worker.CPUWorker")
+SYNC_SCHEDULER = "vllm_medusa.scheduler.MedusaScheduler"
+ASYNC_SCHEDULER = "vllm_medusa.scheduler.MedusaAsyncScheduler"
+CUDA_BACKEND = "vllm_medusa.attention_backend.TreeAttentionBackend"
+CPU_BACKEND = "vllm_medusa.cpu_attention_backend.TreeCPUAttentionBackend"
+
+
+def add_cli_args(parser: Any) -> None:
+    """Add ``--speculative-model`` to vLLM's engine arguments."""
+    group = parser.add_argument_group(
+        title="Medusa", description="Medusa tree speculation (plugin vllm-medusa)."
+    )
+    group.add_argument(
+        "--speculative-model",
+        type=str,
+        default=None,
+        metavar=f"{MEDUSA_PREFIX}PATH",
+        help="Medusa heads: a directory, a .safetensors file or a hub id after "
+        f"'{MEDUSA_PREFIX}'. Further options (tree, num_heads, num_speculative_tokens as node "
+        "budget) go into --speculative-config.",
+    )
+
+
+def merge_speculative_model(speculative_config: dict | None, value: str) -> dict[str, Any]:
+    """Fold ``speculative_model="medusa:PATH"`` into a ``speculative_config`` dictionary."""
+    path = parse_speculative_model(value)
+    merged = dict(speculative_config or {})
+    for key, ours in (("method", MEDUSA_METHOD), ("model", path)):
+        if merged.get(key, ours) != ours:
+            raise ValueError(
+                f"speculative_model={value!r} and speculative_config[{key!r}]={merged[key]!r} "
+                "contradict each other; give one of them"
+            )
+        merged[key] = ours
+    return merged
+
+
+def is_medusa_request(engine_args: Any) -> bool:
+    """Whether these engine arguments ask for Medusa."""
+    if isinstance(engine_args.speculative_config, dict):
+        method = engine_args.speculative_config.get("method", engine_args.spec_method)
+    else:
+        method = engine_args.spec_method
+    return method == MEDUSA_METHOD
+
+
+def create_config(
+    engine_args: Any, target_model_config: Any, target_parallel_config: Any
+) -> MedusaSpeculativeConfig:
+    """Build the speculative config, honouring vLLM's ``--spec-*`` short forms."""
+    given = dict(engine_args.speculative_config or {})
+    for flag, key, value in (
+        ("--spec-method", "method", engine_args.spec_method),
+        ("--spec-model", "model", engine_args.spec_model),
+        ("--spec-tokens", "num_speculative_tokens", engine_args.spec_tokens),
+    ):
+        if value is None:
+            continue
+        if given.get(key, value) != value:
+            raise ValueError(f"{flag} and speculative_config[{key!r}] are mutually exclusive")
+        given[key] = value
+    return create_medusa_config(given, target_model_config, target_parallel_config)
+
+
+def prepare_engine_args(engine_args: Any) -> None:
+    """Choose the attention backend before vLLM builds its config.
+
+    Raises
+    ------
+    ValueError
+        When the user chose another attention backend or worker class.
+    """
+    chosen = engine_args.attention_backend or engine_args.attention_config.backend
+    if engine_args.worker_cls != "auto":
+        raise ValueError(
+            f"worker_cls={engine_args.worker_cls!r} cannot be combined with Medusa, which brings "
+            f"its own worker; subclass {CUDA_WORKER} or {CPU_WORKER} and run without the plugin's "
+            "flag, or leave worker_cls unset"
+        )
+    if engine_args.scheduler_cls is not None:
+        raise ValueError(
+            f"scheduler_cls={engine_args.scheduler_cls!r} cannot be combined with Medusa, which "
+            "brings its own scheduler; leave scheduler_cls unset"
+        )
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+        return
+    ours = AttentionBackendEnum.CUSTOM
+    if chosen not in (None, ours, ours.name):
+        name = getattr(chosen, "name", chosen)
+        raise ValueError(
+            f"attention_backend={name!r} cannot verify token trees; leave it unset (prefill and "
+            "plain decode still go to FlashAttention)"
+        )
+    register_backend(ours, CUDA_BACKEND)
+    engine_args.attention_backend = ours
+
+
+def finish_config(vllm_config: Any) -> None:
+    """Name our worker and scheduler, and refuse what a tree cannot serve yet."""
+    worker = vllm_config.parallel_config.worker_cls
+    if worker in STOCK_WORKERS:
+        vllm_config.parallel_config.worker_cls = (
+            CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER
+        )
+    elif worker not in (CPU_WORKER, CUDA_WORKER):
+        raise ValueError(
+            f"medusa: this platform's worker {worker!r} is not one of {', '.join(STOCK_WORKERS)}; "
+            "Medusa runs on vLLM's CUDA and CPU platforms"
+        )
+    scheduler = vllm_config.scheduler_config
+    scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SYNC_SCHEDULER
+    check_config(vllm_config)

@@ -1,0 +1,62 @@
+"""Which implementation of a tree operation runs: Triton on a GPU, PyTorch elsewhere."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_medusa.triton_kernels import reference
+
+try:
+    from vllm_medusa import triton_kernels as gpu_kernels
+except ImportError:
+    gpu_kernels = None
+
+
+class WalkOutput(NamedTuple):
+    """What a walk over the trees of a batch leaves behind (see ``tree_walk``)."""
+
+    tokens: torch.Tensor  # [num_reqs, num_columns] int64
+    num_sampled: torch.Tensor  # [num_reqs] int32
+    path_masks: torch.Tensor  # [num_reqs] int64
+    last_rows: torch.Tensor  # [num_reqs] int64
+    flat_rows: torch.Tensor  # [num_logits] int64
+
+
+def _implementation(tensor: torch.Tensor):
+    return gpu_kernels if tensor.is_cuda else reference
+
+
+def tree_walk(
+    drawn: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    parents: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    accept_limits: torch.Tensor,
+    *,
+    num_columns: int,
+) -> WalkOutput:
+    """Allocate the outputs of a walk and run it; arguments as in the kernel's launcher."""
+    num_reqs, num_logits = idx_mapping.shape[0], drawn.shape[0]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=drawn.device)
+
+    out = WalkOutput(
+        empty(num_reqs, num_columns),
+        empty(num_reqs, dtype=torch.int32),
+        empty(num_reqs),
+        empty(num_reqs),
+        empty(num_logits),
+    )
+    _implementation(drawn).tree_walk(
+        drawn, draft_tokens, cu_num_logits, parents, idx_mapping, accept_limits, *out
+    )
+    return out
+
+
+def scatter_tree(positions: torch.Tensor, *args) -> None:
+    """Positions and masks of tree rows; arguments as in the kernel's launcher."""
+    _implementation(positions).scatter_tree(positions, *args)

@@ -1,0 +1,88 @@
+"""Medusa's proposer: the heads read one hidden row per request and fill the next tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_medusa.checkpoint import load_heads
+from vllm_medusa.heads import MedusaHeads
+from vllm_medusa.tree_batch import TreeBatch
+
+
+class MedusaProposer(DraftModelSpeculator):
+    """Drafts a static tree from independent heads (paper section 2.1).
+
+    A ``DraftModelSpeculator`` so that vLLM loads, reloads and wakes the heads with
+    the target; it has no attention layers, no KV cache and no graphs of its own.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, tree_batch: TreeBatch):
+        super().__init__(vllm_config, device)
+        self.tree_batch = tree_batch
+        tree = tree_batch.tree
+        self.num_heads = tree.max_depth
+        self.num_top = tree.max_rank + 1
+        # node -> column of the flattened [heads, ranks] top-k table
+        self.node_columns = torch.tensor(
+            [
+                (depth - 1) * self.num_top + rank
+                for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)
+            ],
+            dtype=torch.int64,
+            device=device,
+        )
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]):
+        """Load the heads; a shared lm_head is the target's own, on every rank."""
+        model_config = self.vllm_config.model_config
+        weights = load_heads(
+            self.speculative_config.model,
+            revision=self.speculative_config.revision,
+            hidden_size=model_config.get_hidden_size(),
+            vocab_size=model_config.get_vocab_size(),
+            dtype=self.dtype,
+            base_model=model_config.model,
+        )
+        heads = MedusaHeads.from_weights(weights.first_heads(self.num_heads)).to(self.device)
+        # Not a submodule: vLLM walks the draft's parameters on reload and sleep.
+        object.__setattr__(self, "compute_base_logits", target_model.compute_logits)
+        return heads
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Heads run eagerly: three launches, shapes that follow the batch."""
+
+    def capture(self) -> None:
+        """Nothing to capture."""
+
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Draft tokens of every request's next tree.
+
+        Returns
+        -------
+        torch.Tensor, [num_reqs, num_nodes] int64
+            Node order; rows of requests still in prefill are never verified.
+        """
+        last_rows = self.tree_batch.last_rows
+        if last_rows is None:
+            token_rows = input_batch.logits_indices
+        else:
+            token_rows = input_batch.logits_indices[last_rows]
+        top_tokens = self.model.top_tokens(
+            last_hidden_states[token_rows], self.num_top, self.compute_base_logits
+        )
+        return top_tokens.flatten(1)[:, self.node_columns]

@@ -1,0 +1,109 @@
+"""vLLM's V2 model runner, taught to lay drafts out as a tree.
+
+Only what has no hook of its own is overridden: which speculator is built, the
+sampler that verifies, positions of tree rows, and the KV move after acceptance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from vllm_medusa import vllm_seams
+from vllm_medusa.compaction import PathCompactor
+from vllm_medusa.proposer import MedusaProposer
+from vllm_medusa.tree_batch import TreeBatch
+from vllm_medusa.verifier import TreeVerifier, accept_limit
+
+
+class TreeRunnerMixin:
+    """Mixed into vLLM's GPU and CPU V2 runners."""
+
+    def __init__(self, vllm_config: Any, device: torch.device):
+        tree = vllm_config.speculative_config.token_tree
+        self.tree_batch = TreeBatch(tree, vllm_config.scheduler_config.max_num_seqs, device)
+        self.path_compactor: PathCompactor | None = None
+
+        def make_proposer(config: Any, target: torch.device, req_states: Any) -> MedusaProposer:
+            return MedusaProposer(config, target, self.tree_batch)
+
+        with vllm_seams.speculator_factory(make_proposer):
+            super().__init__(vllm_config, device)
+
+    def load_model(self, *args, **kwargs) -> None:
+        """Load the target, then put the tree verifier where vLLM keeps its rejection sampler."""
+        super().load_model(*args, **kwargs)
+        if self.is_last_pp_rank and self.sampler is not None:
+            self.rejection_sampler = TreeVerifier(
+                self.sampler, self.speculative_config, self.device, self.tree_batch
+            )
+
+    def initialize_kv_cache(self, *args, **kwargs) -> None:
+        """Allocate the cache, hand the builders this runner's trees, index the layers to compact."""
+        super().initialize_kv_cache(*args, **kwargs)
+        for groups in self.attn_groups:
+            for group in groups:
+                for builder in group.metadata_builders:
+                    builder.tree_batch = self.tree_batch
+        self.path_compactor = PathCompactor.for_runner(self)
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Register requests; remember which may accept drafts at all."""
+        super().add_requests(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            if request.sampling_params is not None:
+                index = self.req_states.req_id_to_index[request.req_id]
+                self.tree_batch.set_accept_limit(index, accept_limit(request.sampling_params))
+
+    def prepare_attn(
+        self, input_batch: InputBatch
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Map slots from linear positions, then give tree rows the position of their depth."""
+        prepared = super().prepare_attn(input_batch)
+        self.tree_batch.begin_step(input_batch)
+        return prepared
+
+    def prepare_dummy_attn(
+        self, input_batch: InputBatch, *args, **kwargs
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Dummy batches of a full query length are captured as verification batches."""
+        self.tree_batch.begin_dummy_step(input_batch)
+        return super().prepare_dummy_attn(input_batch, *args, **kwargs)
+
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
+        """Profile the sampler at verification's size: N + 1 rows of logits per request."""
+        super()._dummy_sampler_run(hidden_states)
+        rows = min(self.max_num_reqs * self.decode_query_len, self.max_num_tokens)
+        if rows > hidden_states.shape[0]:
+            sample = hidden_states.new_zeros(rows, hidden_states.shape[1])
+            logits = self.model.compute_logits(sample)
+            self.rejection_sampler.profile(logits)
+
+    def postprocess_sampled(
+        self,
+        idx_mapping: torch.Tensor,
+        sampled_tokens: torch.Tensor,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        query_start_loc: torch.Tensor | None = None,
+    ) -> None:
+        """Advance the requests, then move the accepted rows' KV behind their roots."""
+        super().postprocess_sampled(
+            idx_mapping, sampled_tokens, num_sampled, num_rejected, query_start_loc
+        )
+        # One column means that no request of the batch had drafts.
+        if sampled_tokens.shape[1] == self.decode_query_len and self.path_compactor is not None:
+            self.path_compactor.compact(
+                idx_mapping,
+                sampled_tokens,
+                num_sampled,
+                self.req_states.num_computed_tokens.gpu,
+            )
+
+
+class MedusaModelRunner(TreeRunnerMixin, GPUModelRunner):
+    """The V2 runner on an NVIDIA GPU."""

@@ -1,0 +1,136 @@
+"""vLLM's ``SpeculativeConfig`` for ``method="medusa"`` on the V2 model runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import SpeculativeConfig
+from vllm.config.utils import config
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_medusa.checkpoint import describe_heads
+from vllm_medusa.config import DEFAULT_NODE_BUDGET, DEFAULT_TREE, MEDUSA_METHOD, MedusaOptions
+from vllm_medusa.tree import TokenTree
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+@config
+class MedusaSpeculativeConfig(SpeculativeConfig):
+    """A tree of drafts: ``num_speculative_tokens`` counts nodes, root excluded.
+
+    vLLM 0.32 reserves ``"medusa"`` for its deprecated chain proposer and would
+    open ``model`` as a draft model.  The base class is therefore initialised as
+    ``"ngram_gpu"``, its only method without a draft checkpoint, draft KV cache or
+    lookahead slots, and shows ``"medusa"`` from then on.
+    """
+
+    tree_paths: tuple[tuple[int, ...], ...] = ()
+    """Rank path of every node, parents first, cut to the budget."""
+    num_medusa_heads: int = 0
+    """Heads that the tree reaches (its depth), never more than the file holds."""
+
+    def __post_init__(self):
+        self.method = "ngram_gpu"
+        super().__post_init__()
+        self.method = MEDUSA_METHOD
+        self.prompt_lookup_min = self.prompt_lookup_max = 0
+        return self
+
+    @property
+    def token_tree(self) -> TokenTree:
+        """The tree as an object (rebuilt on access; configs travel between processes)."""
+        return TokenTree.from_paths(self.tree_paths)
+
+    def __repr__(self) -> str:
+        method, model = self.method, self.model
+        nodes, heads = self.num_speculative_tokens, self.num_medusa_heads
+        return f"SpeculativeConfig({method=}, {model=}, tree_nodes={nodes}, heads={heads})"
+
+
+def choose_tree(options: MedusaOptions, num_heads: int, tree_file: str | None) -> TokenTree:
+    """Tree for this start: asked for, else beside the heads, else the built-in one.
+
+    Parameters
+    ----------
+    options : MedusaOptions
+    num_heads : int
+        Heads available to the tree.
+    tree_file : str or None
+        ``tree.json`` beside the heads.
+
+    Returns
+    -------
+    TokenTree
+        Cut to the node budget of the options or of the device.
+
+    Raises
+    ------
+    ValueError
+        When an explicit tree is deeper than the heads, or is no tree.
+    """
+    if options.tree is not None:
+        tree = TokenTree.parse(options.tree)
+        tree.validate(num_heads)
+    else:
+        tree = TokenTree.load(tree_file) if tree_file else TokenTree.preset(DEFAULT_TREE)
+        # A default must fit fewer heads too: dropping whole depths keeps a tree.
+        tree = TokenTree.from_paths([path for path in tree.paths if len(path) <= num_heads])
+    budget = options.num_speculative_tokens
+    if budget is None:
+        budget = DEFAULT_NODE_BUDGET.get(current_platform.device_type, DEFAULT_NODE_BUDGET["cuda"])
+    return tree.cut(min(budget, tree.num_nodes))
+
+
+def create_medusa_config(
+    speculative_config: dict[str, Any], target_model_config: Any, target_parallel_config: Any
+) -> MedusaSpeculativeConfig:
+    """Build the config from a user's dictionary and the target's configs.
+
+    Raises
+    ------
+    ValueError
+        Unknown keys, heads that do not fit the target, impossible tree.
+    """
+    options = MedusaOptions.from_speculative_config(speculative_config)
+    description = describe_heads(
+        options.model,
+        revision=options.revision,
+        hidden_size=target_model_config.get_hidden_size(),
+        vocab_size=target_model_config.get_vocab_size(),
+        base_model=target_model_config.model,
+    )
+    num_heads = description.spec.num_heads
+    if options.num_heads is not None:
+        if options.num_heads > num_heads:
+            raise ValueError(
+                f"medusa: num_heads={options.num_heads} but {options.model} holds {num_heads}"
+            )
+        num_heads = options.num_heads
+    tree = choose_tree(options, num_heads, description.tree_file)
+    logger.info(
+        "Medusa: %d heads from %s (format %s), tree of %d nodes and depth %d",
+        num_heads,
+        options.model,
+        description.format,
+        tree.num_nodes,
+        tree.max_depth,
+    )
+    return MedusaSpeculativeConfig(
+        method=MEDUSA_METHOD,
+        model=options.model,
+        revision=options.revision,
+        num_speculative_tokens=tree.num_nodes,
+        tree_paths=tree.paths,
+        num_medusa_heads=tree.max_depth,
+        target_model_config=target_model_config,
+        target_parallel_config=target_parallel_config,
+    )
+
+
+def is_medusa(speculative_config: Any) -> bool:
+    """Whether a vLLM config asks for this plugin."""
+    return isinstance(speculative_config, MedusaSpeculativeConfig)
+
+

@@ -1,0 +1,110 @@
+"""The trees of the current batch, in buffers that keep their address between steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_medusa.tree import TokenTree
+
+# Large enough for any tree, small enough that the walk's "limit reached" never binds.
+UNLIMITED = 64
+
+
+def signed_words(words: tuple[int, ...]) -> list[int]:
+    """Unsigned 64-bit words as the int64 that holds the same bits."""
+    return [word - (1 << 64) if word >> 63 else word for word in words]
+
+
+class TreeBatch:
+    """Per-request trees and their gathered form for one step.
+
+    Tables are indexed by vLLM's request slot, so every request may have a tree of
+    its own; today all rows hold the start-up tree.
+
+    Attributes
+    ----------
+    parents, depths : torch.Tensor, [max_num_reqs, W] int32
+        Row -> parent row (-1 at the root), row -> depth; W = nodes + 1.
+    masks : torch.Tensor, [max_num_reqs, W] int64
+        Bit j of row i: row j is row i or one of its ancestors.
+    accept_limits : torch.Tensor, [max_num_reqs] int32
+        Most nodes a request may accept; 0 makes speculation a no-op for it.
+    step_masks : torch.Tensor, [max_num_reqs, W] int64
+        ``masks`` in batch order; what attention reads, also inside CUDA graphs.
+    num_tree_reqs : int
+        Leading requests of the batch whose query is a tree.
+    num_rows_np : numpy.ndarray, [num_tree_reqs] int32
+        Rows (root + nodes) of each.
+    last_rows : torch.Tensor or None, [num_reqs] int64
+        Logits row that ends each request's accepted path; None: one row a request.
+    """
+
+    def __init__(self, tree: TokenTree, max_num_reqs: int, device: torch.device):
+        self.tree = tree
+        self.device = device
+
+        def table(row: list[int] | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            one = torch.tensor(row, dtype=dtype, device=device)
+            return one.expand(max_num_reqs, -1).contiguous()
+
+        self.parents = table(tree.parents, torch.int32)
+        self.depths = table(tree.depths, torch.int32)
+        self.masks = table(signed_words(tree.ancestor_masks), torch.int64)
+        self.step_masks = self.masks.clone()
+        self.accept_limits = torch.full(
+            (max_num_reqs,), UNLIMITED, dtype=torch.int32, device=device
+        )
+        self._limits_np = np.full(max_num_reqs, UNLIMITED, dtype=np.int32)
+        self.num_tree_reqs = 0
+        self.num_rows_np = np.empty(0, dtype=np.int32)
+        self.last_rows: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """W: rows of the largest tree, root included."""
+        return self.tree.num_rows
+
+    def set_accept_limit(self, index: int, limit: int | None) -> None:
+        """Limit the request in slot ``index``; writes to the device only on a change."""
+        limit = UNLIMITED if limit is None else limit
+        if self._limits_np[index] != limit:
+            self._limits_np[index] = limit
+            self.accept_limits[index] = limit
+
+    def begin_step(self, input_batch: InputBatch) -> None:
+        """Gather masks in batch order and turn linear positions of tree rows into depths.
+
+        vLLM sorts requests with drafts to the front and places a request's rows at
+        the end of its query, root first.
+        """
+        self.last_rows = None
+        drafts = input_batch.num_draft_tokens_per_req
+        if drafts is None or input_batch.num_draft_tokens == 0:
+            self.num_tree_reqs = 0
+            return
+        self.num_tree_reqs = int(np.count_nonzero(drafts))
+        self.num_rows_np = drafts[: self.num_tree_reqs] + 1
+        self._scatter(input_batch)
+
+    def _scatter(self, input_batch: InputBatch) -> None:
+        from vllm_medusa.kernels import scatter_tree
+
+        scatter_tree(
+            input_batch.positions,
+            self.step_masks,
+            input_batch.query_start_loc,
+            input_batch.cu_num_logits,
+            input_batch.idx_mapping,
+            self.depths,
+            self.masks,
+            self.num_tree_reqs,
+        )
+
+    def begin_dummy_step(self, input_batch: InputBatch) -> None:
+        """Treat a dummy batch of full trees as such, any other as plain."""
+        self.last_rows = None
+        full = bool((input_batch.num_scheduled_tokens == self.num_rows).all())
+        self.num_tree_reqs = input_batch.num_reqs if full and self.num_rows > 1 else 0
+        self.num_rows_np = input_batch.num_scheduled_tokens[: self.num_tree_reqs]

@@ -1,0 +1,222 @@
+"""Every private vLLM name that this project relies on or replaces, and why.
+
+Made for vLLM 0.32.  vLLM has official hooks for the worker, the scheduler, the
+attention backend and CPU kernels; what follows has none.
+
+==============================================  =====================================
+name                                            why there is no other way
+==============================================  =====================================
+EngineArgs.__init__ / from_cli_args             the keyword and the flag that the user
+EngineArgs.add_cli_args                         types, ``speculative_model`` and
+                                                ``--speculative-model``
+EngineArgs.create_speculative_config            always builds the base class, whose
+                                                "medusa" is the V1 chain
+EngineArgs.create_engine_config                 last place before VllmConfig picks the
+                                                attention backend
+VllmConfig._get_v2_model_runner_                lists "medusa" as V1-only by name
+  unsupported_features
+config.vllm.NgramGPUTypes                       names the methods that may be scheduled
+                                                asynchronously
+SamplingParams._validate_spec_decode            refuses min_p and logit_bias under any
+                                                speculation; our rule is exact for both
+SpecDecodingProm.__init__                       one Prometheus label per draft token:
+                                                63 nodes, but only `depth` positions
+gpu.model_runner.init_speculator                a name imported by the runner's
+                                                constructor; knows vLLM's methods only
+cpu.model_runner.CPUModelRunner                 CPUWorker.init_device builds it inline
+==============================================  =====================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, Literal
+
+SUPPORTED_VLLM = "0.32"
+
+# (module, attribute path): what `missing_symbols` looks for on a vLLM of another version.
+RELIED_ON = (
+    ("vllm.engine.arg_utils", "EngineArgs.add_cli_args"),
+    ("vllm.engine.arg_utils", "EngineArgs.from_cli_args"),
+    ("vllm.engine.arg_utils", "EngineArgs.create_speculative_config"),
+    ("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
+    ("vllm.config.vllm", "VllmConfig._get_v2_model_runner_unsupported_features"),
+    ("vllm.config.vllm", "NgramGPUTypes"),
+    ("vllm.config.speculative", "SpeculativeConfig.use_ngram_gpu"),
+    ("vllm.sampling_params", "SamplingParams._validate_spec_decode"),
+    ("vllm.v1.spec_decode.metrics", "SpecDecodingProm"),
+)
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever distribution carries it."""
+    import vllm
+
+    return vllm.__version__
+
+
+def missing_symbols() -> list[str]:
+    """Names of :data:`RELIED_ON` that the installed vLLM lacks."""
+    missing = []
+    for module_name, path in RELIED_ON:
+        try:
+            target: Any = importlib.import_module(module_name)
+            for part in path.split("."):
+                target = getattr(target, part)
+        except (ImportError, AttributeError):
+            missing.append(f"{module_name}.{path}")
+    return missing
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace ``owner.name`` by ``make(original)`` once, keeping static and class methods."""
+    raw = owner.__dict__[name]
+    kind = type(raw) if isinstance(raw, (staticmethod, classmethod)) else None
+    original = raw.__func__ if kind else raw
+    if getattr(original, "_vllm_medusa", False):
+        return
+    wrapper = functools.wraps(original)(make(original))
+    wrapper._vllm_medusa = True
+    setattr(owner, name, kind(wrapper) if kind else wrapper)
+
+
+def install_front_end(hooks: Any) -> None:
+    """Teach ``EngineArgs`` the flag, the keyword and the config class.
+
+    Parameters
+    ----------
+    hooks : module
+        Provides ``add_cli_args(parser)``, ``merge_speculative_model(speculative_config,
+        value)``, ``is_medusa_request(engine_args)``, ``create_config(engine_args, target_model,
+        target_parallel)``, ``prepare_engine_args(engine_args)`` and
+        ``finish_config(vllm_config)``.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make_init(original: Callable) -> Callable:
+        def init(self, *args, speculative_model: str | None = None, **kwargs):
+            if speculative_model is not None:
+                kwargs["speculative_config"] = hooks.merge_speculative_model(
+                    kwargs.get("speculative_config"), speculative_model
+                )
+            original(self, *args, **kwargs)
+
+        return init
+
+    def make_add_cli_args(original: Callable) -> Callable:
+        def add_cli_args(parser):
+            parser = original(parser)
+            hooks.add_cli_args(parser)
+            return parser
+
+        return add_cli_args
+
+    def make_from_cli_args(original: Callable) -> Callable:
+        def from_cli_args(cls, args):
+            value = getattr(args, "speculative_model", None)
+            if value is not None:
+                args.speculative_config = hooks.merge_speculative_model(
+                    getattr(args, "speculative_config", None), value
+                )
+                # The namespace is read again by some entry points (one per API process).
+                args.speculative_model = None
+            return original(cls, args)
+
+        return from_cli_args
+
+    def make_create_speculative_config(original: Callable) -> Callable:
+        def create_speculative_config(self, target_model_config, target_parallel_config):
+            if hooks.is_medusa_request(self):
+                return hooks.create_config(self, target_model_config, target_parallel_config)
+            return original(self, target_model_config, target_parallel_config)
+
+        return create_speculative_config
+
+    def make_create_engine_config(original: Callable) -> Callable:
+        def create_engine_config(self, *args, **kwargs):
+            if not hooks.is_medusa_request(self):
+                return original(self, *args, **kwargs)
+            hooks.prepare_engine_args(self)
+            vllm_config = original(self, *args, **kwargs)
+            hooks.finish_config(vllm_config)
+            return vllm_config
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "__init__", make_init)
+    _wrap(EngineArgs, "add_cli_args", make_add_cli_args)
+    _wrap(EngineArgs, "from_cli_args", make_from_cli_args)
+    _wrap(EngineArgs, "create_speculative_config", make_create_speculative_config)
+    _wrap(EngineArgs, "create_engine_config", make_create_engine_config)
+    # AsyncEngineArgs is a dataclass of its own: its generated __init__ does not
+    # call EngineArgs.__init__.
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    _wrap(AsyncEngineArgs, "__init__", make_init)
+
+
+def install_config_gates(is_medusa: Callable[[Any], bool]) -> None:
+    """Let ``method="medusa"`` through the gates that mean vLLM's own V1 proposer."""
+    import vllm.config.vllm as vllm_config_module
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.spec_decode.metrics import SpecDecodingProm
+
+    def make_unsupported(original: Callable) -> Callable:
+        def unsupported_features(self):
+            unsupported = original(self)
+            if is_medusa(self.speculative_config):
+                unsupported = [f for f in unsupported if f != "speculative method 'medusa'"]
+            return unsupported
+
+        return unsupported_features
+
+    def make_validate(original: Callable) -> Callable:
+        def validate_spec_decode(self, speculative_config):
+            if not is_medusa(speculative_config):
+                original(self, speculative_config)
+
+        return validate_spec_decode
+
+    def make_prom_init(original: Callable) -> Callable:
+        def prom_init(self, speculative_config, *args, **kwargs):
+            if is_medusa(speculative_config):
+                depth = speculative_config.num_medusa_heads
+                speculative_config = SimpleNamespace(num_speculative_tokens=depth)
+            original(self, speculative_config, *args, **kwargs)
+
+        return prom_init
+
+    _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", make_unsupported)
+    _wrap(SamplingParams, "_validate_spec_decode", make_validate)
+    _wrap(SpecDecodingProm, "__init__", make_prom_init)
+    # vLLM's own Medusa (V1 chain) cannot be reached with the plugin installed, so
+    # adding the name changes nothing for any other method.
+    vllm_config_module.NgramGPUTypes = Literal["ngram_gpu", "medusa"]
+
+
+@contextlib.contextmanager
+def replaced(module_name: str, name: str, value: Any) -> Iterator[None]:
+    """Replace a module's global for the duration of one constructor call."""
+    module = importlib.import_module(module_name)
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def speculator_factory(factory: Callable) -> contextlib.AbstractContextManager:
+    """While active, the V2 runner's constructor builds its speculator with ``factory``."""
+    return replaced("vllm.v1.worker.gpu.model_runner", "init_speculator", factory)
+
+
+def cpu_runner_class(runner_cls: type) -> contextlib.AbstractContextManager:
+    """While active, ``CPUWorker.init_device`` builds ``runner_cls``."""
+    return replaced("vllm.v1.worker.cpu.model_runner", "CPUModelRunner", runner_cls)
