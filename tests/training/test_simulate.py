@@ -1,0 +1,143 @@
+"""Calibration divisors, tree search, and the simulation against a plain step-by-step one."""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_medusa.training.calibrate import (
+    MISSED,
+    HeadRanks,
+    joint_best_first,
+    rank_labels,
+    search_tree,
+)
+from vllm_medusa.training.hidden_states import HiddenStateSet
+from vllm_medusa.training.simulate import (
+    accepted_depths,
+    per_conversation,
+    simulate_budgets,
+    visited_rows,
+)
+from vllm_medusa.training.trainable_heads import TrainableHeads
+
+TREE = ((0,), (0, 0), (1,), (0, 1), (0, 0, 0), (2,), (1, 0))
+
+
+def _answers(seed: int, count: int = 30, vocab: int = 5, heads: int = 3):
+    """Answers with a made-up head: its guesses at each row are random token orders."""
+    rng = np.random.default_rng(seed)
+    answers = [rng.integers(0, vocab, rng.integers(1, 20)) for _ in range(count)]
+    # guesses[i][row, head] is a permutation of the vocabulary, best first
+    guesses = [
+        np.stack([[rng.permutation(vocab) for _ in range(heads)] for _ in range(len(a))])
+        for a in answers
+    ]
+    ranks, labels = [], []
+    for answer, guess in zip(answers, guesses, strict=True):
+        for row in range(len(answer)):
+            line = [MISSED] * heads
+            for k in range(1, heads + 1):
+                if row + k < len(answer):
+                    line[k - 1] = int(np.flatnonzero(guess[row, k - 1] == answer[row + k])[0])
+            ranks.append(line)
+            labels.append([row + k < len(answer) for k in range(1, heads + 1)])
+    offsets = np.cumsum([0, *map(len, answers)])
+    return answers, guesses, HeadRanks(np.array(ranks), np.array(labels), offsets, vocab)
+
+
+def _plain_decode(answer, guess, paths):
+    """Steps of a server that drafts tokens, compares them, and emits the bonus token."""
+    emitted, steps = 1, 0  # the prompt gives the first token
+    while emitted < len(answer):
+        newest = emitted - 1
+        drafts = {path: [guess[newest, d][r] for d, r in enumerate(path)] for path in paths}
+        accepted = max(
+            (len(path) for path, tokens in drafts.items()
+             if list(answer[emitted : emitted + len(path)]) == tokens),
+            default=0,
+        )  # fmt: skip
+        emitted = min(emitted + accepted + 1, len(answer))
+        steps += 1
+    return steps
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_simulation_equals_plain_decoding(seed):
+    answers, guesses, ranks = _answers(seed)
+    counts = per_conversation(ranks.ranks, ranks.offsets, TREE)
+    for answer, guess, count in zip(answers, guesses, counts, strict=True):
+        assert count.steps == _plain_decode(answer, guess, TREE)
+        assert count.tokens == len(answer) - 1
+    total = visited_rows(accepted_depths(ranks.ranks, TREE), ranks.offsets)[1]
+    assert total.steps == sum(count.steps for count in counts)
+    assert total.tokens == sum(count.tokens for count in counts)
+
+
+def test_depths_by_hand():
+    ranks = np.array([[0, 0, 0], [0, 1, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [0, MISSED, 0]])
+    assert accepted_depths(ranks, TREE).tolist() == [3, 2, 2, 1, 0, 1]
+
+
+def test_perfect_heads_take_whole_path_and_bonus():
+    ranks = np.zeros((9, 3), int)
+    chain = ((0,), (0, 0), (0, 0, 0))
+    visited, count = visited_rows(accepted_depths(ranks, chain), np.array([0, 9]))
+    assert visited.tolist() == [0, 4]
+    assert (count.steps, count.tokens) == (2, 8)
+
+
+def test_one_token_answers_need_no_step():
+    _, count = visited_rows(np.zeros(2, int), np.array([0, 1, 2]))
+    assert (count.steps, count.tokens, count.tokens_per_step) == (0, 0, 0.0)
+
+
+def test_budgets_never_lose_by_more_nodes():
+    _, _, ranks = _answers(1, count=80)
+    tree = search_tree(ranks, num_nodes=32)
+    steps = [count.steps for count in simulate_budgets(ranks.ranks, ranks.offsets, tree.paths)
+             .values()]  # fmt: skip
+    assert len(steps) == 4
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_each_head_is_divided_by_its_own_labels():
+    ranks = np.array([[0, 1], [0, MISSED], [1, 0], [0, MISSED]])
+    has_label = np.array([[1, 1], [1, 0], [1, 1], [1, 1]], bool)
+    found = HeadRanks(ranks, has_label, np.array([0, 4]), 2).accuracies()
+    # Head 2 has three labels, not four.
+    np.testing.assert_array_equal(found, [[3 / 4, 1 / 4], [1 / 3, 1 / 3]])
+
+
+def test_ranks_from_heads_equal_sorting():
+    generator = torch.Generator().manual_seed(0)
+    heads = TrainableHeads(2, 1, 6)
+    torch.nn.init.normal_(heads.weight, generator=generator)
+    weight = torch.randn(11, 6, generator=generator)
+    hidden = torch.randn(10, 6, generator=generator)
+    labels = torch.randint(0, 11, (10, 3), generator=generator)
+    labels[-1, 2] = -100
+    data = HiddenStateSet(hidden, labels, np.array([0, 10]))
+    found = rank_labels(heads, data, weight, max_rank=4, batch_rows=3)
+    with torch.no_grad():
+        order = (heads(hidden) @ weight.T).argsort(dim=-1, descending=True)
+    for row in range(10):
+        for k in range(2):
+            place = (order[k, row] == labels[row, k + 1]).nonzero()
+            expected = int(place) if len(place) and int(place) < 4 else MISSED
+            assert found.ranks[row, k] == expected
+    assert found.has_label.sum() == 19
+
+
+def test_joint_search_sees_dependence_that_products_miss():
+    # Heads are right together or not at all: (1, 1) happens, (0, 1) never does.
+    ranks = np.array([[0, 0]] * 5 + [[1, 1]] * 4 + [[MISSED, MISSED]])
+    assert [path for path, _ in joint_best_first(ranks, 4)] == [(0,), (0, 0), (1,), (1, 1)]
+
+
+def test_search_returns_parents_first():
+    _, _, ranks = _answers(2, count=60)
+    tree = search_tree(ranks, num_nodes=40)
+    assert len(tree.paths) == 40
+    for i, path in enumerate(tree.paths):
+        assert len(path) == 1 or path[:-1] in tree.paths[:i]
+    assert list(tree.frequencies) == sorted(tree.frequencies, reverse=True)

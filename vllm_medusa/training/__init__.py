@@ -1,0 +1,1 @@
+"""Medusa-1 training: own answers, hidden states, heads, calibrated trees."""

@@ -1,0 +1,120 @@
+"""Settings of a training run and of a generation run; the only place of their defaults."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+_C = TypeVar("_C", bound="_JsonConfig")
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+class _JsonConfig:
+    """Frozen dataclass that is written beside its result and read back from there."""
+
+    def save(self, path: str | Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=2)  # type: ignore[call-overload]
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls: type[_C], path: str | Path) -> _C:
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")), str(path))
+
+    @classmethod
+    def from_dict(cls: type[_C], values: dict[str, Any], where: str = "settings") -> _C:
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        _require(not unknown, where, unknown, f"only the keys {sorted(known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainConfig(_JsonConfig):
+    """Medusa-1 training: frozen base model, heads only.
+
+    ``epochs`` fixes the length; with ``max_seconds`` the learning rate reaches its end at
+    whichever comes first, so a run that is cut short still ends annealed.
+    """
+
+    num_heads: int = 4
+    num_layers: int = 3
+    epochs: float = 3.0
+    batch_tokens: int = 16384
+    learning_rate: float = 1e-3
+    final_learning_rate_ratio: float = 0.0
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    grad_clip: float = 1.0
+    # Weight of head k is head_decay ** k, k from 1 (paper 2.2.1).
+    head_decay: float = 0.8
+    loss_chunk_rows: int = 8192
+    checkpoint_every: int = 1000
+    max_seconds: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_layers", "batch_tokens", "loss_chunk_rows"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("epochs", "learning_rate", "grad_clip", "head_decay"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for name in ("warmup_steps", "weight_decay", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("beta1", "beta2", "final_learning_rate_ratio"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 <= x < 1")
+        if self.max_seconds is not None:
+            _require(self.max_seconds > 0, "max_seconds", self.max_seconds, "positive or null")
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """Loss weights of heads 1..num_heads."""
+        return tuple(self.head_decay**k for k in range(1, self.num_heads + 1))
+
+
+@dataclass(frozen=True)
+class DistillConfig(_JsonConfig):
+    """Own answers of a chat model through vLLM.
+
+    ``self_prompt_share`` of the first turns are written by the model itself in the user's role;
+    the rest come from prompt files or, without files, from templates.
+    """
+
+    max_conversations: int = 50_000
+    max_seconds: float | None = None
+    self_prompt_share: float = 0.6
+    user_temperature: float = 1.0
+    # Each prompt is answered greedily once; this share is answered again by sampling.
+    sampled_share: float = 0.3
+    answer_temperature: float = 0.6
+    second_turn_share: float = 0.35
+    # Share of second turns that the model writes; the rest are stock follow-ups.
+    self_follow_up_share: float = 0.5
+    min_user_chars: int = 8
+    max_user_tokens: int = 200
+    max_answer_tokens: int = 448
+    max_model_len: int = 2048
+    max_num_seqs: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_conversations", "max_user_tokens", "max_answer_tokens", "max_num_seqs"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in (
+            "self_prompt_share", "sampled_share", "second_turn_share", "self_follow_up_share",
+        ):  # fmt: skip
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        for name in ("user_temperature", "answer_temperature"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        needed = self.max_user_tokens + self.max_answer_tokens
+        _require(
+            self.max_model_len > needed, "max_model_len", self.max_model_len,
+            f"more than one turn and its answer, {needed} tokens",
+        )  # fmt: skip
+        if self.max_seconds is not None:
+            _require(self.max_seconds > 0, "max_seconds", self.max_seconds, "positive or null")

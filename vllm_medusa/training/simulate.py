@@ -1,0 +1,102 @@
+"""Exact tokens per step of a static tree under greedy verification of given answers.
+
+Under greedy verification the target's next tokens are the answer itself, so which nodes get
+accepted follows from the rank that each head gives the answer's tokens; no model runs here.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Path_ = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """Decode steps and the tokens they produced; the prompt's own first token is left out."""
+
+    steps: int
+    tokens: int
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Accepted nodes plus the bonus token, averaged over steps."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+
+def accepted_depths(
+    # [rows, num_heads] int, -1 where the head has no label or missed it
+    ranks: np.ndarray,
+    paths: Iterable[Path_],
+) -> np.ndarray:
+    """Length of the longest tree path that equals each row's ranks, [rows] int64.
+
+    >>> accepted_depths(np.array([[0, 1], [2, 0], [0, -1]]), [(0,), (0, 1)]).tolist()
+    [2, 0, 1]
+    """
+    depths = np.zeros(len(ranks), np.int64)
+    by_depth: dict[int, list[Path_]] = {}
+    for path in paths:
+        by_depth.setdefault(len(path), []).append(path)
+    base = int(max(ranks.max(initial=0), *(max(p) for ps in by_depth.values() for p in ps), 0)) + 2
+    codes = np.zeros(len(ranks), np.int64)
+    for depth in range(1, max(by_depth, default=0) + 1):
+        codes = codes * base + ranks[:, depth - 1] + 1
+        wanted = np.zeros(len(by_depth.get(depth, ())), np.int64)
+        for i, path in enumerate(by_depth.get(depth, ())):
+            for rank in path:
+                wanted[i] = wanted[i] * base + rank + 1
+        # A path is in the tree only with all its ancestors, so a hit extends the last one.
+        depths[np.isin(codes, wanted) & (depths == depth - 1)] = depth
+    return depths
+
+
+def visited_rows(
+    # [rows] int64
+    depths: np.ndarray,
+    # [num_conversations + 1] int64, conversation -> first row
+    offsets: np.ndarray,
+) -> tuple[np.ndarray, StepCount]:
+    """Rows at which decode steps start, and the step count over all conversations.
+
+    Row ``i`` of an answer stands for "token ``i`` is the newest". A step there accepts
+    ``depths[i]`` tokens plus the bonus token and moves to row ``i + depths[i] + 1``; it ends
+    with the answer's last token even if the tree held more.
+    """
+    visited: list[int] = []
+    tokens = 0
+    depth_list = depths.tolist()
+    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        row = start
+        while row < end - 1:
+            visited.append(row)
+            row += depth_list[row] + 1
+        tokens += max(end - start - 1, 0)
+    return np.array(visited, np.int64), StepCount(len(visited), tokens)
+
+
+def simulate_budgets(
+    ranks: np.ndarray,
+    offsets: np.ndarray,
+    paths: Sequence[Path_],
+    budgets: Sequence[int] = (4, 8, 16, 32, 63),
+) -> dict[int, StepCount]:
+    """Step counts of the first ``budget`` nodes of a best-first tree, for each budget."""
+    return {
+        budget: visited_rows(accepted_depths(ranks, paths[:budget]), offsets)[1]
+        for budget in budgets
+        if budget <= len(paths)
+    }
+
+
+def per_conversation(
+    ranks: np.ndarray, offsets: np.ndarray, paths: Sequence[Path_]
+) -> list[StepCount]:
+    """Step count of each conversation by itself."""
+    depths = accepted_depths(ranks, paths)
+    return [
+        visited_rows(depths[a:b], np.array([0, b - a]))[1]
+        for a, b in itertools.pairwise(offsets)
+    ]
