@@ -1,0 +1,170 @@
+"""Argument checks shared by the launchers and their PyTorch twins; no Triton here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# One row of a token tree is one bit of a 64-bit ancestor word, so a request has at
+# most a root and 63 nodes.
+MAX_TREE_ROWS = 64
+
+
+def require(condition: bool, name: str, found: Any, expected: str) -> None:
+    """Raise a ValueError naming the argument, what was found and what was expected."""
+    if not condition:
+        raise ValueError(f"{name}: found {found}, expected {expected}")
+
+
+def at_least(size: int) -> int | None:
+    """A size for :func:`check_tensor` that accepts `size` or more."""
+    return -size or None
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    shape: Sequence[int | None],
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Check rank, the given sizes (None = any, negative = at least), dtype, device, last stride.
+
+    Parameters
+    ----------
+    name : str
+        The argument's name, for the message.
+    tensor : torch.Tensor
+        The argument.
+    shape : sequence of int or None
+        ``[None, -4, 8]`` accepts a rank-3 tensor with at least 4 and exactly 8 in the last two.
+    dtype : torch.dtype or tuple of them
+        Accepted dtypes.
+    device : torch.device
+        Where the tensor has to be.
+    """
+    require(isinstance(tensor, torch.Tensor), name, type(tensor).__name__, "a torch.Tensor")
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    require(tensor.dtype in dtypes, name, f"dtype {tensor.dtype}", f"one of {list(dtypes)}")
+    require(tensor.device == device, name, f"device {tensor.device}", f"device {device}")
+    fits = tensor.dim() == len(shape) and all(
+        want is None or (size >= -want if want < 0 else size == want)
+        for size, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        sizes = ["any" if s is None else f">= {-s}" if s < 0 else str(s) for s in shape]
+        require(False, name, f"shape {list(tensor.shape)}", f"shape [{', '.join(sizes)}]")
+    if tensor.dim() and tensor.shape[-1] > 1:
+        require(
+            tensor.stride(-1) == 1, name, f"last stride {tensor.stride(-1)}", "a last stride of 1"
+        )
+
+
+def check_runnable(name: str, tensor: torch.Tensor, kernel: object) -> None:
+    """A compiled kernel needs GPU tensors; one made under TRITON_INTERPRET=1 takes any."""
+    if tensor.device.type != "cpu":
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    require(
+        isinstance(kernel, InterpretedFunction), name, "a CPU tensor",
+        "a GPU tensor; on a CPU use the twin of the same name in triton_kernels.reference",
+    )  # fmt: skip
+
+
+def check_tree_walk(
+    sampled: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    parents: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    accept_limits: torch.Tensor,
+    out_tokens: torch.Tensor,
+    out_num_sampled: torch.Tensor,
+    out_path_masks: torch.Tensor,
+    out_last_rows: torch.Tensor,
+    out_flat_rows: torch.Tensor,
+) -> None:
+    """Raise ValueError unless the arguments are what ``tree_walk`` documents."""
+    device = sampled.device
+    num_logits, num_reqs = sampled.shape[0], idx_mapping.shape[0]
+    for name, tensor, shape, dtype in (
+        ("sampled", sampled, [None], torch.int64),
+        ("draft_tokens", draft_tokens, [at_least(num_logits)], torch.int64),
+        ("cu_num_logits", cu_num_logits, [at_least(num_reqs + 1)], torch.int32),
+        ("parents", parents, [None, None], torch.int32),
+        ("idx_mapping", idx_mapping, [None], (torch.int64, torch.int32)),
+        ("accept_limits", accept_limits, [at_least(num_reqs)], torch.int32),
+        ("out_tokens", out_tokens, [at_least(num_reqs), None], torch.int64),
+        ("out_num_sampled", out_num_sampled, [at_least(num_reqs)], torch.int32),
+        ("out_path_masks", out_path_masks, [at_least(num_reqs)], torch.int64),
+        ("out_last_rows", out_last_rows, [at_least(num_reqs)], torch.int64),
+        ("out_flat_rows", out_flat_rows, [at_least(num_logits)], torch.int64),
+    ):
+        check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
+    width = parents.shape[1]
+    require(1 <= width <= MAX_TREE_ROWS, "parents", f"{width} columns", "1..64 columns")
+    columns = out_tokens.shape[1]
+    require(1 <= columns <= width, "out_tokens", f"{columns} columns", f"1..{width} (parents)")
+
+
+def check_scatter_tree(
+    positions: torch.Tensor,
+    step_masks: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    depths: torch.Tensor,
+    masks: torch.Tensor,
+    num_tree_reqs: int,
+) -> None:
+    """Raise ValueError unless the arguments are what ``scatter_tree`` documents."""
+    device = positions.device
+    require(num_tree_reqs >= 0, "num_tree_reqs", num_tree_reqs, "at least 0")
+    check_tensor("positions", positions, shape=[None], dtype=torch.int64, device=device)
+    check_tensor("depths", depths, shape=[None, None], dtype=torch.int32, device=device)
+    width = depths.shape[1]
+    require(1 <= width <= MAX_TREE_ROWS, "depths", f"{width} columns", "1..64 columns")
+    for name, tensor, shape, dtype in (
+        ("masks", masks, [depths.shape[0], width], torch.int64),
+        ("step_masks", step_masks, [at_least(num_tree_reqs), width], torch.int64),
+        ("query_start_loc", query_start_loc, [at_least(num_tree_reqs + 1)], torch.int32),
+        ("cu_num_logits", cu_num_logits, [at_least(num_tree_reqs + 1)], torch.int32),
+        ("idx_mapping", idx_mapping, [at_least(num_tree_reqs)], (torch.int64, torch.int32)),
+    ):
+        check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
+
+
+def check_compact_kv(
+    layer_ptrs: torch.Tensor,
+    block_table: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    root_positions: torch.Tensor,
+    path_masks: torch.Tensor,
+    *,
+    num_reqs: int,
+    block_size: int,
+    num_kv_heads: int,
+    row_elems: int,
+    dtype: torch.dtype,
+) -> None:
+    """Raise ValueError unless the arguments are what ``compact_kv`` documents."""
+    device = layer_ptrs.device
+    for name, number in (
+        ("block_size", block_size), ("num_kv_heads", num_kv_heads), ("row_elems", row_elems)
+    ):  # fmt: skip
+        require(number >= 1, name, number, "at least 1")
+    require(num_reqs >= 0, "num_reqs", num_reqs, "at least 0")
+    require(dtype.itemsize in (1, 2, 4, 8), "dtype", dtype, "elements of 1, 2, 4 or 8 bytes")
+    integers = (torch.int64, torch.int32)
+    for name, tensor, shape, dtypes in (
+        ("layer_ptrs", layer_ptrs, [None], torch.int64),
+        ("block_table", block_table, [None, None], torch.int32),
+        ("idx_mapping", idx_mapping, [at_least(num_reqs)], integers),
+        ("root_positions", root_positions, [at_least(num_reqs)], integers),
+        ("path_masks", path_masks, [at_least(num_reqs)], torch.int64),
+    ):
+        check_tensor(name, tensor, shape=shape, dtype=dtypes, device=device)

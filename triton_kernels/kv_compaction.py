@@ -1,0 +1,198 @@
+"""Move the KV rows of the accepted path next to the root: kernel, launcher, wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import check_compact_kv, check_runnable
+from .kv_layout import WORDS, LayerGroup, group_layers
+
+_TL_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
+
+# Rows moved per pass and words per program; 8 x 256 x 8 bytes are 128 bytes a thread with
+# 4 warps, so a whole accepted path of a four or five head tree is one round trip to memory.
+_MOVES_PER_PASS = 8
+_MAX_BLOCK_WORDS = 256
+
+
+@triton.jit
+def _compact_kv_kernel(
+    layer_ptrs,  # in [num_layers] int64, base addresses; the caches are changed in place
+    block_table,  # in [max_num_reqs, max_blocks] int32
+    idx_mapping,  # in [R] int64, batch row -> row of `block_table`, negative: skip
+    root_positions,  # in [R] int64, KV position of the root row
+    path_masks,  # in [R] int64, bit b: row b is accepted
+    table_stride,
+    block_stride,
+    slot_stride,
+    head_stride,
+    row_words,
+    WORD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNKS: tl.constexpr,  # column chunks of one (slot, head) row
+    BLOCK: tl.constexpr,
+    MOVES: tl.constexpr,
+):
+    """Grid: (num_kv_heads * CHUNKS, num_layers, R).
+
+    One program owns one column chunk of one head of one layer for one request, so no two
+    programs touch the same word.  Within a program sources and destinations overlap.  Row j
+    receives row b_j >= j, and passes go through j in ascending order:
+
+    - a source is never a row that an earlier move has overwritten, because every earlier
+      destination j' satisfies j' < j <= b_j;
+    - a destination may still be a *source* of this pass.  All loads of a pass come before
+      its barrier and all stores after it, so whichever thread owns a word, its old content
+      has been read by every thread when it is overwritten.
+    """
+    req = tl.program_id(2)
+    path = tl.load(path_masks + req).to(tl.uint64, bitcast=True)
+    idx = tl.load(idx_mapping + req).to(tl.int64)
+    # Contiguous low bits: every accepted row already sits in its place.
+    if ((path & (path + 1)) == 0) | (idx < 0):
+        return
+
+    head = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    columns = (tl.program_id(0) % CHUNKS) * BLOCK + tl.arange(0, BLOCK)
+    base = tl.load(layer_ptrs + tl.program_id(1)).to(tl.pointer_type(WORD))
+    base += head * head_stride
+    table_row = block_table + idx * table_stride
+    root = tl.load(root_positions + req).to(tl.int64)
+
+    bits = tl.arange(0, 64)
+    is_set = ((path >> bits.to(tl.uint64)) & 1).to(tl.int32)
+    order = tl.cumsum(is_set, 0) - 1  # row -> how many accepted rows precede it
+    num_rows = tl.sum(is_set)
+    for first in range(1, num_rows, MOVES):
+        target = first + tl.arange(0, MOVES)  # j
+        chosen = (order[None, :] == target[:, None]) & (is_set[None, :] != 0)
+        source = tl.sum(tl.where(chosen, bits[None, :], 0), 1)  # b_j
+        moves = (target < num_rows) & (source != target)
+        inside = moves[:, None] & (columns < row_words)[None, :]
+
+        source_key = root + source
+        source_block = tl.load(table_row + source_key // BLOCK_SIZE, mask=moves, other=0)
+        source_row = source_block.to(tl.int64) * block_stride
+        source_row += (source_key % BLOCK_SIZE) * slot_stride
+        words = tl.load(base + source_row[:, None] + columns[None, :], mask=inside)
+
+        target_key = root + target
+        target_block = tl.load(table_row + target_key // BLOCK_SIZE, mask=moves, other=0)
+        target_row = target_block.to(tl.int64) * block_stride
+        target_row += (target_key % BLOCK_SIZE) * slot_stride
+        tl.debug_barrier()
+        tl.store(base + target_row[:, None] + columns[None, :], words, mask=inside)
+
+
+def compact_kv(
+    layer_ptrs: torch.Tensor,
+    block_table: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    root_positions: torch.Tensor,
+    path_masks: torch.Tensor,
+    *,
+    num_reqs: int,
+    block_size: int,
+    block_stride: int,
+    slot_stride: int,
+    head_stride: int,
+    num_kv_heads: int,
+    row_elems: int,
+    dtype: torch.dtype,
+) -> None:
+    """Move accepted KV rows to the positions behind the root, all layers in one launch.
+
+    With ``b_0 = 0 < b_1 < ... < b_a`` the set bits of a request's path mask, the row at KV
+    position ``root + b_j`` moves to ``root + j``.  Rows are moved as integer words, so any
+    content, NaN payloads and packed formats included, arrives bit for bit.
+
+    Parameters
+    ----------
+    layer_ptrs : torch.Tensor
+        ``[num_layers]`` int64. Base addresses of caches that share the strides below.
+    block_table : torch.Tensor
+        ``[max_num_reqs, max_blocks]`` int32.
+    idx_mapping : torch.Tensor
+        ``[>= num_reqs]`` int64 or int32. Batch row -> row of `block_table`; negative: skip.
+    root_positions : torch.Tensor
+        ``[>= num_reqs]`` int64 or int32. KV position of each request's root row.
+    path_masks : torch.Tensor
+        ``[>= num_reqs]`` int64. Bit 0 is the root and has to be set, or the mask is 0 (skip).
+    num_reqs, block_size, num_kv_heads : int
+        Requests of the batch; KV slots of a block; heads that are moved.
+    block_stride, slot_stride, head_stride, row_elems : int
+        In elements of `dtype`.
+    dtype : torch.dtype
+        Only its size counts: the unit in which the strides are given and words are moved.
+
+    Examples
+    --------
+    Root at position 10, path mask ``0b101001`` (rows 0, 3, 5): slot 13 moves to slot 11 and
+    slot 15 to slot 12.
+    """
+    check_compact_kv(
+        layer_ptrs, block_table, idx_mapping, root_positions, path_masks, num_reqs=num_reqs,
+        block_size=block_size, num_kv_heads=num_kv_heads, row_elems=row_elems, dtype=dtype,
+    )  # fmt: skip
+    check_runnable("layer_ptrs", layer_ptrs, _compact_kv_kernel)
+    if num_reqs == 0 or layer_ptrs.shape[0] == 0:
+        return
+    block = min(_MAX_BLOCK_WORDS, triton.next_power_of_2(row_elems))
+    chunks = triton.cdiv(row_elems, block)
+    _compact_kv_kernel[(num_kv_heads * chunks, layer_ptrs.shape[0], num_reqs)](
+        layer_ptrs, block_table, idx_mapping, root_positions, path_masks,
+        block_table.stride(0), block_stride, slot_stride, head_stride, row_elems,
+        WORD=_TL_WORDS[dtype.itemsize], BLOCK_SIZE=block_size, CHUNKS=chunks,
+        BLOCK=block, MOVES=_MOVES_PER_PASS, num_warps=4,
+    )  # fmt: skip
+
+
+class KVCompactor:
+    """Compaction of a fixed set of KV caches; builds the address tables once.
+
+    Layers are grouped by layout (strides, alignment), one launch per group, so usually one
+    in all.  Layers that share one tensor (cross-layer KV sharing) are moved once.
+
+    Parameters
+    ----------
+    kv_caches : sequence of torch.Tensor
+        Each ``[num_blocks, num_kv_heads, block_size, C]``, strided views with a dense last
+        dimension, all on one device and with the same block size.
+
+    Examples
+    --------
+    >>> compactor = KVCompactor(list_of_layer_caches)
+    >>> compactor(block_table, idx_mapping, root_positions, path_masks, num_reqs=4)
+    """
+
+    def __init__(self, kv_caches: Sequence[torch.Tensor]) -> None:
+        self._groups: list[LayerGroup] = group_layers(kv_caches)
+        # The addresses are only good for as long as the tensors live.
+        self._kv_caches = list(kv_caches)
+        self._layer_ptrs = [
+            torch.tensor(group.addresses, dtype=torch.int64, device=kv_caches[0].device)
+            for group in self._groups
+        ]
+
+    def __call__(
+        self,
+        block_table: torch.Tensor,  # [max_num_reqs, max_blocks] int32
+        idx_mapping: torch.Tensor,  # [>= num_reqs] int64, negative: skip
+        root_positions: torch.Tensor,  # [>= num_reqs] int64
+        path_masks: torch.Tensor,  # [>= num_reqs] int64
+        *,
+        num_reqs: int,
+    ) -> None:
+        """Compact every cache; see :func:`compact_kv` for the arguments."""
+        for group, layer_ptrs in zip(self._groups, self._layer_ptrs, strict=True):
+            compact_kv(
+                layer_ptrs, block_table, idx_mapping, root_positions, path_masks,
+                num_reqs=num_reqs, block_size=group.block_size,
+                block_stride=group.block_stride, slot_stride=group.slot_stride,
+                head_stride=group.head_stride, num_kv_heads=group.num_heads,
+                row_elems=group.row_words, dtype=WORDS[group.word_bytes],
+            )  # fmt: skip
