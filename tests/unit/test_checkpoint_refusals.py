@@ -160,7 +160,7 @@ class Payload:
 def test_pickle_with_code_is_not_executed(tmp_path):
     torch.save({"0.0.linear.weight": Payload()}, tmp_path / "medusa_lm_head.pt")
     refused(tmp_path, "medusa_lm_head.pt", "cannot be read safely")
-    (tmp_path / "medusa_lm_head.pt").write_bytes(pickle.dumps(Payload()))
+    (tmp_path / "medusa_lm_head.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
     refused(tmp_path, "medusa_lm_head.pt", "cannot be read safely")
 
 
