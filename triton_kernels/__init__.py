@@ -21,6 +21,7 @@ _LAUNCHERS = {
     "KVCompactor": "kv_compaction",
     "compact_kv": "kv_compaction",
     "scatter_tree": "scatter",
+    "tree_attention": "attention",
     "tree_walk": "walk",
 }
 

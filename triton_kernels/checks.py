@@ -168,3 +168,66 @@ def check_compact_kv(
         ("path_masks", path_masks, [at_least(num_reqs)], torch.int64),
     ):
         check_tensor(name, tensor, shape=shape, dtype=dtypes, device=device)
+
+
+def check_tree_attention(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tree_masks: torch.Tensor,
+    *,
+    scale: float,
+    num_reqs: int,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int,
+    logit_soft_cap: float,
+    sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments are what ``tree_attention`` documents."""
+    device, floats = q.device, (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    check_tensor("q", q, shape=[None, None, None], dtype=floats, device=device)
+    _, num_heads, head_size = q.shape
+    require(16 <= head_size <= 256, "q", f"head size {head_size}", "a head size of 16..256")
+    check_tensor("out", out, shape=q.shape, dtype=q.dtype, device=device)
+    for name, tensor in (("q", q), ("out", out)):
+        found = tensor.stride(1)
+        require(found == head_size, name, f"head stride {found}", f"dense heads ({head_size})")
+    cached = (q.dtype, torch.float8_e4m3fn, torch.float8_e5m2)
+    cache_shape = [None, None, None, head_size]
+    check_tensor("k_cache", k_cache, shape=cache_shape, dtype=cached, device=device)
+    check_tensor("v_cache", v_cache, shape=k_cache.shape, dtype=k_cache.dtype, device=device)
+    strides = v_cache.stride(), k_cache.stride()
+    require(strides[0] == strides[1], "v_cache", f"strides {strides[0]}", f"{strides[1]}")
+    kv_heads = k_cache.shape[2]
+    divides = kv_heads > 0 and num_heads % kv_heads == 0
+    require(divides, "k_cache", f"{kv_heads} heads", f"a divisor of q's {num_heads} heads")
+    for name, number, low in (
+        ("num_reqs", num_reqs, 0), ("max_query_len", max_query_len, 1),
+        ("max_seq_len", max_seq_len, 1), ("sliding_window", sliding_window, 0),
+        ("logit_soft_cap", logit_soft_cap, 0),
+    ):  # fmt: skip
+        require(number >= low, name, number, f"at least {low}")
+    require(scale > 0, "scale", scale, "a positive number")
+    require(max_query_len <= MAX_TREE_ROWS, "max_query_len", max_query_len, "at most 64")
+    for name, tensor, shape, dtype in (
+        ("block_table", block_table, [at_least(num_reqs), None], torch.int32),
+        ("query_start_loc", query_start_loc, [at_least(num_reqs + 1)], torch.int32),
+        ("seq_lens", seq_lens, [at_least(num_reqs)], torch.int32),
+        ("tree_masks", tree_masks, [at_least(num_reqs), at_least(max_query_len)], torch.int64),
+    ):
+        check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
+    if sinks is not None:
+        check_tensor("sinks", sinks, shape=[num_heads], dtype=floats, device=device)
+    for name, factors in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if factors is not None:
+            shape = [None] * factors.dim()
+            check_tensor(name, factors, shape=shape, dtype=torch.float32, device=device)
+            count = factors.numel()
+            require(count in (1, kv_heads), name, f"{count} elements", f"1 or {kv_heads}")

@@ -185,9 +185,10 @@ class KVCompactor:
         root_positions: torch.Tensor,  # [>= num_reqs] int64
         path_masks: torch.Tensor,  # [>= num_reqs] int64
         *,
-        num_reqs: int,
+        num_reqs: int | None = None,  # default: all of idx_mapping
     ) -> None:
         """Compact every cache; see :func:`compact_kv` for the arguments."""
+        num_reqs = idx_mapping.shape[0] if num_reqs is None else num_reqs
         for group, layer_ptrs in zip(self._groups, self._layer_ptrs, strict=True):
             compact_kv(
                 layer_ptrs, block_table, idx_mapping, root_positions, path_masks,

@@ -18,6 +18,9 @@ from .checks import (
     require,
 )
 from .kv_layout import WORDS, group_layers
+from .reference_attention import tree_attention
+
+__all__ = ["KVCompactor", "compact_kv", "path_rows", "scatter_tree", "tree_attention", "tree_walk"]
 
 
 def path_rows(path_mask: int) -> list[int]:
@@ -174,7 +177,7 @@ class KVCompactor:
         root_positions: torch.Tensor,  # [>= num_reqs] int64
         path_masks: torch.Tensor,  # [>= num_reqs] int64
         *,
-        num_reqs: int,
+        num_reqs: int | None = None,  # default: all of idx_mapping
     ) -> None:
         """Compact every cache; see ``compact_kv`` for the arguments."""
         first = self._kv_caches[0]

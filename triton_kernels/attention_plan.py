@@ -1,0 +1,116 @@
+"""Host-side choices of tree attention: tile sizes, KV splits, workspace; integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .checks import require
+
+# Keys below which a split does not pay: a split costs its share of the second pass, about as
+# much as the two tiles it saves.
+MIN_KEYS_PER_SPLIT = 128
+MAX_SPLITS = 32
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two_from(n: int) -> int:
+    """Smallest power of two >= n."""
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Launch shape of one call; a function of host integers alone, hence graph-safe.
+
+    Attributes
+    ----------
+    block_rows : int
+        (query row, query head) pairs of a program, M.
+    block_keys : int
+        Keys of one step of the loop, N.
+    row_tiles : int
+        Programs that share one (request, KV head, split).
+    num_splits : int
+        KV ranges per request; above 1 a second kernel joins the partial results.
+    num_warps, num_stages : int
+        Triton's launch options.
+    """
+
+    block_rows: int
+    block_keys: int
+    row_tiles: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def min_tiles(self) -> int:
+        """Fewest key tiles given to one split."""
+        return ceil_div(MIN_KEYS_PER_SPLIT, self.block_keys)
+
+
+def plan_attention(
+    *,
+    num_reqs: int,
+    num_kv_heads: int,
+    group: int,
+    head_size: int,
+    item_size: int,
+    max_query_len: int,
+    max_seq_len: int,
+    num_multiprocessors: int,
+    num_splits: int | None = None,
+) -> AttentionPlan:
+    """Choose tiles and splits for a batch.
+
+    Parameters
+    ----------
+    num_reqs, max_query_len, max_seq_len : int
+        Upper bounds; with CUDA graphs those of the capture.
+    num_kv_heads, group, head_size, item_size : int
+        KV heads, query heads per KV head, head size, bytes of a query element.
+    num_multiprocessors : int
+        Of the device.
+    num_splits : int, optional
+        Overrides the choice.
+
+    Examples
+    --------
+    One request of 64 rows, 8 KV heads, groups of 4, context 2048, on 132 multiprocessors: 256 pairs
+    make 2 tiles of 128, 16 programs; 132 // 16 = 8 splits fill the device.
+    """
+    rows = max_query_len * group
+    padded_head = power_of_two_from(head_size)
+    # The accumulator takes M * D / (32 * warps) registers a thread; 128 x 128 with 8 warps and
+    # 64 x 256 with 8 take 64, which leaves room for the scores.  fp32 products run on the FMA
+    # units and hold their operands in registers.
+    max_rows = 128 if padded_head <= 128 else 64
+    block_keys = 64 if padded_head <= 128 else 32
+    if item_size == 4:
+        max_rows, block_keys = 32, 32 if padded_head <= 128 else 16
+    block_rows = min(max(16, power_of_two_from(rows)), max_rows)
+    num_warps = 8 if block_rows * padded_head >= 128 * 128 else 4
+    num_stages = 3 if item_size == 2 and padded_head <= 128 else 2
+    row_tiles = ceil_div(rows, block_rows)
+    if num_splits is None:
+        programs = max(1, num_reqs * num_kv_heads * row_tiles)
+        slots = num_multiprocessors * (1 if num_warps == 8 else 2)
+        longest = ceil_div(max_seq_len, MIN_KEYS_PER_SPLIT)
+        num_splits = max(1, min(slots // programs, longest, MAX_SPLITS))
+    require(num_splits >= 1, "num_splits", num_splits, "at least 1")
+    return AttentionPlan(block_rows, block_keys, row_tiles, num_splits, num_warps, num_stages)
+
+
+def workspace_elements(
+    num_tokens: int, num_query_heads: int, head_size: int, num_splits: int
+) -> int:
+    """float32 elements that a call with `num_splits` > 1 needs (0 for one split).
+
+    Per split, token and head: the accumulator, its row maximum and its row sum.
+    """
+    if num_splits == 1:
+        return 0
+    return num_splits * num_tokens * num_query_heads * (power_of_two_from(head_size) + 2)

@@ -1,0 +1,170 @@
+"""Device functions of tree attention: how keys are split, found, scored and folded in."""
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def popcount(words):
+    """Set bits of each int64 word, int32 (one shift per bit: no intrinsic is portable)."""
+    bits = (words[:, None] >> tl.arange(0, 64)[None, :].to(tl.int64)) & 1
+    return tl.sum(bits.to(tl.int32), 1)
+
+
+@triton.jit
+def key_tiles(
+    seq_len,
+    context,
+    WINDOW: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+):
+    """First visible key, first tile, end tile and tiles per split of one request.
+
+    Both kernels call it, so they agree on which splits are in use.  The root has depth 0
+    and sees furthest back.
+    """
+    first_key = 0
+    if WINDOW > 0:
+        first_key = tl.maximum(context - WINDOW + 1, 0)
+    first_tile = first_key // BLOCK_KEYS
+    end_tile = tl.cdiv(seq_len, BLOCK_KEYS)
+    per_split = tl.maximum(tl.cdiv(end_tile - first_tile, NUM_SPLITS), MIN_TILES)
+    return first_key, first_tile, end_tile, per_split
+
+
+@triton.jit
+def key_offsets(
+    table_row,  # [max_blocks] int32, this request's pages
+    keys,  # [BLOCK_KEYS] int32
+    tile,
+    is_loaded,
+    block_stride,
+    slot_stride,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """Element offsets of `keys` in the paged cache, int64 from the first multiply."""
+    if BLOCK_SIZE % BLOCK_KEYS == 0:
+        # The tile lies in one page, whose first key exists.
+        block = tl.load(table_row + tile * BLOCK_KEYS // BLOCK_SIZE).to(tl.int64)
+    else:
+        block = tl.load(table_row + keys // BLOCK_SIZE, mask=is_loaded, other=0).to(tl.int64)
+    return block * block_stride + (keys % BLOCK_SIZE).to(tl.int64) * slot_stride
+
+
+@triton.jit
+def tail_visibility(
+    masks_row,  # [W] int64, this request's words
+    words,  # [BLOCK_ROWS] int64, the word of each row
+    depths,  # [BLOCK_ROWS] int32, 0 if WINDOW == 0
+    keys,  # [BLOCK_KEYS] int32
+    context,
+    seq_len,
+    WINDOW: tl.constexpr,
+):
+    """[BLOCK_ROWS, BLOCK_KEYS]: context keys as a whole, tree keys by bit (and depth)."""
+    node = keys - context
+    is_node = (node >= 0) & (keys < seq_len)
+    bit = tl.minimum(tl.maximum(node, 0), 63).to(tl.int64)
+    is_ancestor = ((words[:, None] >> bit[None, :]) & 1) != 0
+    if WINDOW > 0:
+        node_words = tl.load(masks_row + node, mask=is_node, other=1)
+        node_depth = popcount(node_words) - 1
+        is_ancestor = is_ancestor & (depths[:, None] - node_depth[None, :] < WINDOW)
+    is_context = (node < 0)[None, :]
+    if WINDOW > 0:
+        is_context = is_context & (depths[:, None] - node[None, :] < WINDOW)
+    return is_context | (is_ancestor & is_node[None, :])
+
+
+@triton.jit
+def attend_tile(
+    acc,  # [BLOCK_ROWS, PADDED_HEAD] float32
+    row_max,  # [BLOCK_ROWS] float32, log2 units
+    row_sum,  # [BLOCK_ROWS] float32
+    q_tile,  # [BLOCK_ROWS, PADDED_HEAD]
+    words,  # [BLOCK_ROWS] int64
+    depths,  # [BLOCK_ROWS] int32
+    tile,
+    k_head,  # cache + this head's offset
+    v_head,
+    table_row,
+    masks_row,
+    first_key,
+    context,
+    seq_len,
+    qk_scale,  # float32: softmax scale (times k_scale)
+    block_stride,
+    slot_stride,
+    IN_TAIL: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PADDED_HEAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """Online softmax step over one tile of keys."""
+    keys = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    dims = tl.arange(0, PADDED_HEAD)
+    # Keys that no row sees may lie in freed pages: they are not even loaded, since 0 * NaN
+    # would be NaN.
+    is_loaded = (keys >= first_key) & (keys < seq_len)
+    offsets = key_offsets(
+        table_row, keys, tile, is_loaded, block_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS
+    )
+    k_ptrs = k_head + offsets[None, :] + dims[:, None]
+    v_ptrs = v_head + offsets[:, None] + dims[None, :]
+    if IN_TAIL or WINDOW > 0:
+        k = tl.load(k_ptrs, mask=is_loaded[None, :] & (dims < HEAD_SIZE)[:, None], other=0.0)
+        v = tl.load(v_ptrs, mask=is_loaded[:, None] & (dims < HEAD_SIZE)[None, :], other=0.0)
+    elif HEAD_SIZE < PADDED_HEAD:
+        k = tl.load(k_ptrs, mask=(dims < HEAD_SIZE)[:, None], other=0.0)
+        v = tl.load(v_ptrs, mask=(dims < HEAD_SIZE)[None, :], other=0.0)
+    else:
+        k = tl.load(k_ptrs)
+        v = tl.load(v_ptrs)
+
+    scores = tl.dot(q_tile, k.to(q_tile.dtype), input_precision="ieee")
+    to_log2 = qk_scale * LOG2_E
+    if SOFT_CAP > 0:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1); overflow to inf ends at 1 as it should.
+        doubled = scores * (qk_scale * 2 * LOG2_E / SOFT_CAP)
+        scores = SOFT_CAP - 2 * SOFT_CAP / (tl.exp2(doubled) + 1)
+        to_log2 = LOG2_E
+    if IN_TAIL:
+        visible = tail_visibility(masks_row, words, depths, keys, context, seq_len, WINDOW)
+        scores = tl.where(visible, scores, float("-inf"))
+    elif WINDOW > 0:
+        visible = (context + depths)[:, None] - keys[None, :] < WINDOW
+        scores = tl.where(visible, scores, float("-inf"))
+
+    # Maximum before scaling (the scale is positive): scaling and subtraction are one FMA.
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * to_log2)
+    anchor = new_max
+    if IN_TAIL or WINDOW > 0:
+        # A row that has seen nothing yet has maximum -inf; -inf - -inf would be NaN.
+        anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores * to_log2 - anchor[:, None])
+    decay = tl.exp2(row_max - anchor)
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    acc = acc * decay[:, None]
+    acc = tl.dot(weights.to(q_tile.dtype), v.to(q_tile.dtype), acc, input_precision="ieee")
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES: tl.constexpr):
+    """Sinks, value scale and the division; rows that saw nothing become 0, not NaN."""
+    if sinks is not None:
+        sink = tl.load(sinks + heads).to(tl.float32) * LOG2_E
+        new_max = tl.maximum(row_max, sink)
+        acc = acc * tl.exp2(row_max - new_max)[:, None]
+        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.exp2(sink - new_max)
+    if v_scale is not None:
+        acc = acc * tl.load(v_scale + kv_head % SCALES)
+    return acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]

@@ -1,0 +1,106 @@
+"""Plain PyTorch twin of tree attention; needs no Triton."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_tree_attention
+
+
+def _words_to_bits(words: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """``[n]`` int64 words -> ``[n, num_bits]`` bool."""
+    shifts = torch.arange(num_bits, device=words.device)
+    return (words[:, None] >> shifts & 1).bool()
+
+
+def _visible_keys(
+    words: torch.Tensor,  # [rows] int64
+    context: int,
+    window: int,
+) -> torch.Tensor:
+    """``[rows, context + rows]`` bool: who sees which key."""
+    num_rows = words.shape[0]
+    keys = torch.arange(context, device=words.device)
+    visible = torch.cat(
+        [keys.new_ones(num_rows, context, dtype=torch.bool), _words_to_bits(words, num_rows)], 1
+    )
+    if window > 0:
+        positions = context + _words_to_bits(words, 64).sum(1) - 1  # of the rows, by depth
+        key_positions = torch.cat([keys, positions])
+        visible &= positions[:, None] - key_positions[None, :] < window
+    return visible
+
+
+def _gather_rows(cache: torch.Tensor, table_row: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """``[len(keys), Hkv, D]`` rows of a paged cache ``[num_blocks, block_size, Hkv, D]``."""
+    block_size = cache.shape[1]
+    # float8 tensors cannot be indexed everywhere, their bytes can
+    words = cache.view(torch.uint8) if cache.element_size() == 1 else cache
+    return words[table_row[keys // block_size].long(), keys % block_size].view(cache.dtype)
+
+
+def tree_attention(
+    out: torch.Tensor,  # [num_tokens, Hq, D]
+    q: torch.Tensor,  # [num_tokens, Hq, D]
+    k_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+    v_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+    block_table: torch.Tensor,  # [>= num_reqs, max_blocks] int32
+    query_start_loc: torch.Tensor,  # [>= num_reqs + 1] int32
+    seq_lens: torch.Tensor,  # [>= num_reqs] int32
+    tree_masks: torch.Tensor,  # [>= num_reqs, W] int64
+    *,
+    scale: float,
+    num_reqs: int,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int = 0,
+    logit_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    num_splits: int | None = None,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """Twin of :func:`vllm_medusa.triton_kernels.attention.tree_attention`.
+
+    Computes in float32, or in float64 if `q` is float64 (the tests' ground truth).
+    `num_splits` and `workspace` have no meaning here.
+    """
+    check_tree_attention(
+        out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, scale=scale,
+        num_reqs=num_reqs, max_query_len=max_query_len, max_seq_len=max_seq_len,
+        sliding_window=sliding_window, logit_soft_cap=logit_soft_cap, sinks=sinks,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    compute = torch.promote_types(q.dtype, torch.float32)
+    num_heads, head_size = q.shape[1:]
+    num_kv_heads = k_cache.shape[2]
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for r in range(num_reqs):
+        rows = slice(starts[r], starts[r + 1])
+        num_rows = rows.stop - rows.start
+        if num_rows == 0:
+            continue
+        context = lengths[r] - num_rows
+        # Pages before the root's window may have been freed and hold anything.
+        first_key = max(context - sliding_window + 1, 0) if sliding_window else 0
+        keys = torch.arange(first_key, lengths[r], device=q.device)
+        k = _gather_rows(k_cache, block_table[r], keys).to(compute)
+        v = _gather_rows(v_cache, block_table[r], keys).to(compute)
+        k = k if k_scale is None else k * k_scale.reshape(-1, 1)
+        v = v if v_scale is None else v * v_scale.reshape(-1, 1)
+
+        grouped = q[rows].to(compute).view(num_rows, num_kv_heads, -1, head_size)
+        scores = torch.einsum("nhgd,shd->nhgs", grouped, k) * scale
+        if logit_soft_cap > 0:
+            scores = logit_soft_cap * torch.tanh(scores / logit_soft_cap)
+        visible = _visible_keys(tree_masks[r, :num_rows], context, sliding_window)
+        scores = scores.flatten(1, 2)  # [rows, Hq, keys]
+        scores = scores.masked_fill(~visible[:, None, first_key:], float("-inf"))
+        if sinks is not None:
+            sink_column = sinks.to(compute)[None, :, None].expand(num_rows, -1, 1)
+            scores = torch.cat([scores, sink_column], 2)
+        weights = torch.softmax(scores, 2)[:, :, : len(keys)]
+        weights = weights.view(num_rows, num_kv_heads, -1, len(keys))
+        result = torch.einsum("nhgs,shd->nhgd", weights, v)
+        out[rows] = result.reshape(num_rows, num_heads, head_size).to(out.dtype)
