@@ -195,8 +195,8 @@ def check_tree_attention(
     check_tensor("q", q, shape=[None, None, None], dtype=floats, device=device)
     _, num_heads, head_size = q.shape
     require(16 <= head_size <= 256, "q", f"head size {head_size}", "a head size of 16..256")
-    check_tensor("out", out, shape=q.shape, dtype=q.dtype, device=device)
     for name, tensor in (("q", q), ("out", out)):
+        check_tensor(name, tensor, shape=q.shape, dtype=q.dtype, device=device)
         found = tensor.stride(1)
         require(found == head_size, name, f"head stride {found}", f"dense heads ({head_size})")
     cached = (q.dtype, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -210,7 +210,7 @@ def check_tree_attention(
     require(divides, "k_cache", f"{kv_heads} heads", f"a divisor of q's {num_heads} heads")
     for name, number, low in (
         ("num_reqs", num_reqs, 0), ("max_query_len", max_query_len, 1),
-        ("max_seq_len", max_seq_len, 1), ("sliding_window", sliding_window, 0),
+        ("max_seq_len", max_seq_len, 0), ("sliding_window", sliding_window, 0),
         ("logit_soft_cap", logit_soft_cap, 0),
     ):  # fmt: skip
         require(number >= low, name, number, f"at least {low}")
