@@ -70,6 +70,7 @@ def save_heads(
             f"heads that format {format} can hold",
             f"choose another format ({', '.join(f for f in SAVE_FORMATS if f != format)})",
         )
+    _warn_of_readers(weights.spec, format)
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / SAVE_FORMATS[format]
     others = [name for name in KNOWN_FILES if name != target.name and (directory / name).exists()]
@@ -130,6 +131,17 @@ def what_would_be_lost(weights: HeadWeights, format: str) -> list[str]:
     return losses
 
 
+def _warn_of_readers(spec: HeadSpec, format: str) -> None:
+    # Heads that the format holds, and we read back, but its own program does not.
+    if format == "C2" and spec.num_layers != 1:
+        logger.warning("format C2 with %d layers: TGI reads one layer only", spec.num_layers)
+    if format == "D" and spec.num_token_maps and spec.num_lm_heads == spec.num_heads:
+        logger.warning(
+            "format D with a token map and an lm_head per head: vLLM 0.32's own loader takes a "
+            "token map only with one lm_head for all heads"
+        )
+
+
 def _named_tensors(weights: HeadWeights, format: str) -> dict[str, torch.Tensor]:
     spec = weights.spec
     flat = format in ("D", "G")
@@ -168,8 +180,6 @@ def _config(weights: HeadWeights, format: str) -> dict[str, Any]:
         config["vocab_size"] = spec.vocab_size
     if format == "C2":
         config["version"] = "2"
-        if spec.num_layers != 1:
-            logger.warning("format C2 with %d layers: TGI reads one layer only", spec.num_layers)
     return config
 
 

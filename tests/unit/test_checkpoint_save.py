@@ -208,9 +208,13 @@ def test_unknown_format(tmp_path):
         save_heads(make_weights(), tmp_path, "B")
 
 
-def test_two_layers_in_c2_warn_of_tgi(tmp_path, caplog):
-    save_heads(make_weights(num_layers=2), tmp_path, "C2")
+def test_heads_that_the_formats_own_program_cannot_read_warn(tmp_path, caplog):
+    save_heads(make_weights(num_layers=2), tmp_path / "c2", "C2")
     assert "TGI reads one layer only" in caplog.text
+    save_heads(make_weights(own_lm_head=True), tmp_path / "d", "D")
+    assert "vLLM 0.32's own loader" not in caplog.text
+    save_heads(make_weights(own_lm_head=True, subset=1), tmp_path / "subset", "D")
+    assert "vLLM 0.32's own loader" in caplog.text
 
 
 def test_tied_layers_are_written_out(tmp_path):
