@@ -153,6 +153,26 @@ class HeadWeights:
                     "spec and tensors from the same checkpoint"
                 )
 
+    def first_heads(self, num_heads: int) -> HeadWeights:
+        """The same checkpoint with only its first heads (a tree may not reach the rest)."""
+        if not 1 <= num_heads <= self.spec.num_heads:
+            raise ValueError(
+                f"first_heads: found {num_heads}, expected 1..{self.spec.num_heads}, the heads held"
+            )
+
+        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            # Common matrices and maps have one row for all heads.
+            return None if tensor is None else tensor[:num_heads]
+
+        return dataclasses.replace(
+            self,
+            spec=dataclasses.replace(self.spec, num_heads=num_heads),
+            weight=self.weight[:, :num_heads],
+            bias=None if self.bias is None else self.bias[:, :num_heads],
+            lm_head=cut(self.lm_head),
+            token_map=cut(self.token_map),
+        )
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
