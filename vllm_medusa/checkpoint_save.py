@@ -65,10 +65,11 @@ def save_heads(
         raise ValueError(f"format: found {format!r}, expected one of {', '.join(SAVE_FORMATS)}")
     losses = what_would_be_lost(weights, format)
     if losses:
+        holding = [name for name in SAVE_FORMATS if not what_would_be_lost(weights, name)]
         raise CheckpointError(
             directory, None, f"heads with {' and '.join(losses)}",
             f"heads that format {format} can hold",
-            f"choose another format ({', '.join(f for f in SAVE_FORMATS if f != format)})",
+            f"{', '.join(holding)} would hold them" if holding else "no format written here does",
         )
     _warn_of_readers(weights.spec, format)
     directory.mkdir(parents=True, exist_ok=True)
