@@ -70,29 +70,71 @@ def gumbel_sample_kernel(
         source = logits_cache_source_ptr[torch.from_numpy(valid)]
         logits_cache_ptr[cached, column, :vocab_size] = source
 
-    logits = logits_ptr.float()
-    temperatures = np.where(valid, temp_ptr.numpy()[reqs], np.float32(0.0))
-    sampled = np.flatnonzero(temperatures)
-    values, tokens = torch.max(logits, dim=-1)
-    if len(sampled) > 0:
-        # A slice instead of a list of all rows spares copies of the logits.
-        sampled = slice(None) if len(sampled) == len(reqs) else sampled
-        positions = pos_ptr.numpy()[sampled] + (_DRAFT_NOISE_SALT if IS_DRAFTING else 0)
-        row_values, row_tokens = _noised_argmax(
-            logits.numpy()[sampled],
-            values.numpy()[sampled],
-            temperatures[sampled] if APPLY_TEMPERATURE else None,
-            seeds_ptr.numpy()[reqs[sampled]],
-            positions,
-            USE_FP64,
-        )
-        values = values.to(local_max_ptr.dtype)
-        values.numpy()[sampled] = row_values
-        tokens.numpy()[sampled] = row_tokens
+    values, tokens = gumbel_argmax(
+        logits_ptr.float(),
+        np.where(valid, temp_ptr.numpy()[reqs], np.float32(0.0)),
+        seeds_ptr.numpy()[reqs],
+        pos_ptr.numpy() + (_DRAFT_NOISE_SALT if IS_DRAFTING else 0),
+        apply_temperature=APPLY_TEMPERATURE,
+        use_fp64=USE_FP64,
+    )
     local_max_ptr.fill_(float("-inf"))
     local_argmax_ptr.zero_()
     local_max_ptr[:, 0] = values
     local_argmax_ptr[:, 0] = tokens
+
+
+def gumbel_argmax(
+    logits: torch.Tensor,
+    temperatures: np.ndarray,
+    seeds: np.ndarray,
+    positions: np.ndarray,
+    *,
+    apply_temperature: bool,
+    use_fp64: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best logit of each row after Gumbel noise, or without noise at temperature 0.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        [num_rows, vocab_size] float32.
+    temperatures : numpy.ndarray
+        [num_rows] float32.
+    seeds, positions : numpy.ndarray
+        [num_rows] int64, the key of each row's noise.
+    apply_temperature : bool
+        Divide the logits by the temperature first.
+    use_fp64 : bool
+        Draw the noise in double precision.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        [num_rows] values (float32, or float64 with ``use_fp64`` where a row is
+        sampled) and [num_rows] int64 tokens. Temperature 0 and logits ``[1, 3, 2]``
+        give 3.0 and token 1.
+    """
+    values, tokens = torch.max(logits, dim=-1)
+    sampled = np.flatnonzero(temperatures)
+    if len(sampled) == 0:
+        return values, tokens
+    if len(sampled) == len(temperatures):
+        # A slice instead of a list of all rows spares copies of the logits.
+        sampled = slice(None)
+    row_values, row_tokens = _noised_argmax(
+        logits.numpy()[sampled],
+        values.numpy()[sampled],
+        temperatures[sampled] if apply_temperature else None,
+        seeds[sampled],
+        positions[sampled],
+        use_fp64,
+    )
+    if use_fp64:
+        values = values.double()
+    values.numpy()[sampled] = row_values
+    tokens.numpy()[sampled] = row_tokens
+    return values, tokens
 
 
 def _noised_argmax(

@@ -14,7 +14,7 @@ import numpy as np
 _VIEW_ELEMENTS = 1 << 40
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def int32_memory(address: int) -> np.ndarray:
     """View the int32 values that start at ``address``.
 
