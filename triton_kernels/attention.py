@@ -146,7 +146,7 @@ def launch(
     shape = {
         "WINDOW": sliding_window, "NUM_KV_HEADS": num_kv_heads, "GROUP": group,
         "HEAD_SIZE": head_size, "PADDED_HEAD": triton.next_power_of_2(head_size),
-        "BLOCK_KEYS": plan.block_keys, "NUM_SPLITS": plan.num_splits, "MIN_TILES": plan.min_tiles,
+        "BLOCK_KEYS": plan.block_keys, "MIN_TILES": plan.min_tiles,
     }  # fmt: skip
     scales = {s.numel() for s in (k_scale, v_scale) if s is not None} or {1}
     tree_attention_kernel[(num_reqs * num_kv_heads * plan.row_tiles, plan.num_splits)](
@@ -155,12 +155,13 @@ def launch(
         k_cache.stride(1), k_cache.stride(2), block_table.stride(0), tree_masks.stride(0),
         **shape, SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=max(scales),
         BLOCK_SIZE=k_cache.shape[1], BLOCK_ROWS=plan.block_rows, ROW_TILES=plan.row_tiles,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        IS_SPLIT=plan.num_splits > 1, num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
     if plan.num_splits == 1:
         return
     row_tiles = triton.cdiv(max_query_len * group, _JOIN_ROWS)
     join_splits_kernel[(num_reqs * num_kv_heads * row_tiles,)](
-        out, workspace, query_start_loc, seq_lens, sinks, v_scale, num_tokens, out.stride(0),
-        **shape, SCALES=max(scales), BLOCK_ROWS=_JOIN_ROWS, ROW_TILES=row_tiles, num_warps=4,
+        out, workspace, query_start_loc, seq_lens, sinks, v_scale, num_tokens, plan.num_splits,
+        out.stride(0), **shape, SCALES=max(scales), BLOCK_ROWS=_JOIN_ROWS, ROW_TILES=row_tiles,
+        num_warps=4,
     )  # fmt: skip

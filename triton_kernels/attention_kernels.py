@@ -19,7 +19,7 @@ def tree_attention_kernel(
     sinks,  # in [Hq] or None
     k_scale,  # in [SCALES] float32 or None
     v_scale,  # in [SCALES] float32 or None
-    workspace,  # out, NUM_SPLITS > 1: float32 accumulators, then (maximum, sum) pairs
+    workspace,  # out, IS_SPLIT: float32 accumulators, then (maximum, sum) pairs
     num_tokens,
     out_stride,
     q_stride,
@@ -40,10 +40,10 @@ def tree_attention_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     ROW_TILES: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
-    """Grid: (num_reqs * Hkv * ROW_TILES, NUM_SPLITS).
+    """Grid: (num_reqs * Hkv * ROW_TILES, num_splits).
 
     One program owns BLOCK_ROWS (query row, head of the group) pairs of one request and KV
     head, over one range of keys: all query heads of a KV head share the pass over it.
@@ -58,8 +58,10 @@ def tree_attention_kernel(
         return
     seq_len = tl.load(seq_lens + req)
     context = seq_len - query_len
+    # The number of splits depends on the batch; read off the grid it needs no recompilation.
+    num_splits = tl.num_programs(1)
     first_key, first_tile, end_tile, per_split = key_tiles(
-        seq_len, context, WINDOW, BLOCK_KEYS, NUM_SPLITS, MIN_TILES
+        seq_len, context, num_splits, WINDOW, BLOCK_KEYS, MIN_TILES
     )
     low = first_tile + tl.program_id(1) * per_split
     high = tl.minimum(low + per_split, end_tile)
@@ -104,7 +106,7 @@ def tree_attention_kernel(
             SOFT_CAP, WINDOW, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS,
         )  # fmt: skip
 
-    if NUM_SPLITS == 1:
+    if not IS_SPLIT:
         result = finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES)
         out_ptrs = out + tokens[:, None] * out_stride + heads[:, None] * HEAD_SIZE + dims[None, :]
         tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
@@ -113,12 +115,12 @@ def tree_attention_kernel(
         pair = tl.program_id(1) * num_pairs + tokens * (NUM_KV_HEADS * GROUP) + heads
         acc_ptrs = workspace + pair[:, None] * PADDED_HEAD + dims[None, :]
         tl.store(acc_ptrs, acc, mask=is_row[:, None])
-        stats = workspace + NUM_SPLITS * num_pairs * PADDED_HEAD
+        stats = workspace + num_splits * num_pairs * PADDED_HEAD
         tl.store(stats + 2 * pair, row_max, mask=is_row)
         tl.store(stats + 2 * pair + 1, row_sum, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def join_splits_kernel(
     out,  # out [num_tokens, Hq, HEAD_SIZE]
     workspace,  # in, as written by tree_attention_kernel
@@ -127,6 +129,7 @@ def join_splits_kernel(
     sinks,  # in [Hq] or None
     v_scale,  # in [SCALES] float32 or None
     num_tokens,
+    num_splits,
     out_stride,
     WINDOW: tl.constexpr,
     SCALES: tl.constexpr,
@@ -137,7 +140,6 @@ def join_splits_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     ROW_TILES: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
     """Grid: (num_reqs * Hkv * ROW_TILES,). One program joins the splits of BLOCK_ROWS pairs."""
@@ -151,7 +153,7 @@ def join_splits_kernel(
         return
     seq_len = tl.load(seq_lens + req)
     _, first_tile, end_tile, per_split = key_tiles(
-        seq_len, seq_len - query_len, WINDOW, BLOCK_KEYS, NUM_SPLITS, MIN_TILES
+        seq_len, seq_len - query_len, num_splits, WINDOW, BLOCK_KEYS, MIN_TILES
     )
     pairs = first_row + tl.arange(0, BLOCK_ROWS)
     rows = pairs // GROUP
@@ -160,7 +162,7 @@ def join_splits_kernel(
     is_row = rows < query_len
     tokens = (start + rows).to(tl.int64)
     num_pairs = tl.cast(num_tokens, tl.int64) * (NUM_KV_HEADS * GROUP)
-    stats = workspace + NUM_SPLITS * num_pairs * PADDED_HEAD
+    stats = workspace + num_splits * num_pairs * PADDED_HEAD
 
     acc = tl.zeros([BLOCK_ROWS, PADDED_HEAD], tl.float32)
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)

@@ -84,15 +84,16 @@ def plan_attention(
     """
     rows = max_query_len * group
     padded_head = power_of_two_from(head_size)
-    # The accumulator takes M * D / (32 * warps) registers a thread; 128 x 128 with 8 warps and
-    # 64 x 256 with 8 take 64, which leaves room for the scores.  fp32 products run on the FMA
-    # units and hold their operands in registers.
-    max_rows = 128 if padded_head <= 128 else 64
-    block_keys = 64 if padded_head <= 128 else 32
+    # The accumulator takes M * D / (32 * warps) registers a thread, 64 at 128 x 128 with 8 warps
+    # or 64 x 128 with 4, which leaves room for the scores.  fp32 products run on the FMA units
+    # and hold their operands in registers, hence the small tiles.
+    wide = padded_head > 128
+    max_rows, block_keys = (64, 32) if wide else (128, 64)
     if item_size == 4:
-        max_rows, block_keys = 32, 32 if padded_head <= 128 else 16
+        max_rows = 32 if padded_head < 128 else 16
+        block_keys = 16 if wide else 32
     block_rows = min(max(16, power_of_two_from(rows)), max_rows)
-    num_warps = 8 if block_rows * padded_head >= 128 * 128 else 4
+    num_warps = 8 if wide or block_rows == 128 or item_size == 4 else 4
     num_stages = 3 if item_size == 2 and padded_head <= 128 else 2
     row_tiles = ceil_div(rows, block_rows)
     if num_splits is None:

@@ -17,9 +17,9 @@ def popcount(words):
 def key_tiles(
     seq_len,
     context,
+    num_splits,
     WINDOW: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
     """First visible key, first tile, end tile and tiles per split of one request.
@@ -32,7 +32,7 @@ def key_tiles(
         first_key = tl.maximum(context - WINDOW + 1, 0)
     first_tile = first_key // BLOCK_KEYS
     end_tile = tl.cdiv(seq_len, BLOCK_KEYS)
-    per_split = tl.maximum(tl.cdiv(end_tile - first_tile, NUM_SPLITS), MIN_TILES)
+    per_split = tl.maximum(tl.cdiv(end_tile - first_tile, num_splits), MIN_TILES)
     return first_key, first_tile, end_tile, per_split
 
 
