@@ -6,8 +6,16 @@ In vLLM's CPU cache a row's key is a column of its block, its value a row (see
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+
+# Key elements moved by one operation: a few rows move in all layers at once, many go in a
+# few layers at a time, which stay in the second-level cache between reading and writing.
+# 30 layers on Zen 3: 0.35 ms at batch 1 (0.66 ms layer by layer), 6.7 ms at batch 32
+# (7.8 ms in one pass).
+KEYS_PER_PASS = 1 << 14
 
 
 class CPUKVCompactor:
@@ -30,12 +38,16 @@ class CPUKVCompactor:
                     f"({tuple(first.shape)}, strides {first.stride()}), found shape "
                     f"{tuple(cache.shape)}, strides {cache.stride()}"
                 )
-        num_blocks, self.num_kv_heads, self.block_size, width = first.shape
-        self.head_size = width // 2
+        _, num_kv_heads, self.block_size, width = first.shape
+        size = self.head_size = width // 2
         self.block_stride = first.stride(0)
-        # Blocks may be padded: one axis over all elements from the first to the last.
-        span = (num_blocks - 1) * self.block_stride + first[0].numel()
-        self.flat = [cache.as_strided((span,), (1,)) for cache in kv_caches]
+        self.stacks = _stacks(kv_caches)
+        heads = np.arange(num_kv_heads)[:, None] * (2 * self.block_size * size)
+        self.first_keys = (heads + np.arange(size) * self.block_size).ravel()
+        # Values move as pieces: whole rows, unless padding between blocks shifts them.
+        self.piece = math.gcd(size, self.block_stride)
+        values = heads + self.block_size * size + np.arange(0, size, self.piece)
+        self.first_values = values.ravel()
 
     def __call__(
         self,
@@ -64,31 +76,41 @@ class CPUKVCompactor:
         moves = _moves(idx_mapping.numpy(), root_positions.numpy(), path_masks.numpy())
         if moves is None:
             return
-        slots, sources, targets = moves
-        table = block_table.numpy()
-        source = self._elements(table, slots, sources)
-        target = self._elements(table, slots, targets)
-        for layer in self.flat:
-            layer.index_copy_(0, target, layer.index_select(0, source))
+        requests, positions = moves
+        blocks = block_table.numpy()[requests, positions // self.block_size].astype(np.int64)
+        starts = (blocks * self.block_stride)[..., None]
+        slots = (positions % self.block_size)[..., None]
+        keys = starts + slots + self.first_keys
+        values = (starts + slots * self.head_size + self.first_values) // self.piece
+        keys, values = (torch.from_numpy(index.reshape(2, -1)) for index in (keys, values))
+        layers = max(1, KEYS_PER_PASS // keys.shape[1])
+        for stack in self.stacks:
+            for elements in stack.split(layers):
+                elements.index_copy_(1, keys[1], elements.index_select(1, keys[0]))
+            pieces = stack.unflatten(1, (-1, self.piece))
+            pieces.index_copy_(1, values[1], pieces.index_select(1, values[0]))
 
-    def _elements(
-        self, table: np.ndarray, slots: np.ndarray, positions: np.ndarray
-    ) -> torch.Tensor:
-        """Offsets of the rows' keys and values within a layer, [num_moves * 2 * H * D] int64."""
-        size, block_size = self.head_size, self.block_size
-        blocks = table[slots, positions // block_size].astype(np.int64)
-        slot = (positions % block_size)[:, None, None]
-        heads = np.arange(self.num_kv_heads) * (2 * block_size * size)
-        starts = (blocks[:, None] * self.block_stride + heads)[:, :, None]
-        keys = starts + np.arange(size) * block_size + slot
-        values = starts + block_size * size + slot * size + np.arange(size)
-        return torch.from_numpy(np.concatenate([keys.ravel(), values.ravel()]))
+
+def _stacks(kv_caches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The layers as [num_layers, num_elements] views, one per run of layers at equal distances.
+
+    vLLM cuts all layers out of one allocation. Blocks may be padded, so an element axis
+    reaches from the first to the last element of a layer.
+    """
+    first = kv_caches[0]
+    span = (first.shape[0] - 1) * first.stride(0) + first[0].numel()
+    starts = [cache.data_ptr() // first.element_size() for cache in kv_caches]
+    storages = {cache.untyped_storage().data_ptr() for cache in kv_caches}
+    distances = set(np.diff(starts).tolist())
+    if len(kv_caches) > 1 and len(storages) == len(distances) == 1 and min(distances) > 0:
+        return [first.as_strided((len(kv_caches), span), (distances.pop(), 1))]
+    return [cache.as_strided((1, span), (span, 1)) for cache in kv_caches]
 
 
 def _moves(
     slots: np.ndarray, roots: np.ndarray, path_masks: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """(table row, source, target) of each row that changes place, request after request."""
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Table row of each cache row that changes place [num_moves], its source and target [2, ..]."""
     bits = ((path_masks[:, None] >> np.arange(64)) & 1).astype(bool)
     ranks = bits.cumsum(1) - 1
     moved = bits & (ranks != np.arange(64)) & (slots >= 0)[:, None]
@@ -96,4 +118,4 @@ def _moves(
     if not len(requests):
         return None
     roots = roots[requests].astype(np.int64)
-    return slots[requests], roots + rows, roots + ranks[requests, rows]
+    return slots[requests], np.stack([roots + rows, roots + ranks[requests, rows]])

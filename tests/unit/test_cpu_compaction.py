@@ -121,7 +121,7 @@ def test_requests_without_a_table_row_are_skipped():
 
 def test_nothing_to_move_touches_no_layer():
     compactor = CPUKVCompactor([torch.zeros(2, 1, 32, 64)])
-    compactor.flat = None  # any use would raise
+    compactor.stacks = None  # any use would raise
     table, slots = torch.zeros(2, 1, dtype=torch.int32), torch.tensor([0, 1])
     compactor(table, slots, torch.tensor([3, 5]), torch.tensor([0b1, 0b1111]))
 
