@@ -16,7 +16,8 @@ _JOIN_ROWS = 8
 
 
 @cache
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
+    """Of `device`; what a plan is made for."""
     if device.type != "cuda":
         return 132  # the interpreter plans for an H100
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -103,7 +104,7 @@ def tree_attention(
     plan = plan_attention(
         num_reqs=num_reqs, num_kv_heads=num_kv_heads, group=num_heads // num_kv_heads,
         head_size=head_size, item_size=q.element_size(), max_query_len=max_query_len,
-        max_seq_len=max_seq_len, num_multiprocessors=_num_multiprocessors(q.device),
+        max_seq_len=max_seq_len, num_multiprocessors=num_multiprocessors(q.device),
         num_splits=num_splits,
     )  # fmt: skip
     needed = workspace_elements(num_tokens, num_heads, head_size, plan.num_splits)

@@ -1,0 +1,143 @@
+"""KV compaction of all layers: the one-launch kernel beside PyTorch indexing layer by layer.
+
+    python benchmarks/bench_kv_compaction.py --out record.json [--quick]
+
+Every request accepts the last node of every depth, so each accepted row has to move.
+The kernel's result is compared with the expected bytes before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from records import write_record
+from timing import time_gpu
+
+from vllm_medusa.triton_kernels import KVCompactor
+
+BLOCK_SIZE = 16
+ROWS = 64
+DEVICE = torch.device("cuda")
+
+
+class Shape(NamedTuple):
+    """`row` is K and V of one head: 2 * head size."""
+
+    batch: int
+    layers: int
+    kv_heads: int
+    row: int
+    accepted: int
+
+    def __str__(self) -> str:
+        return (
+            f"bs{self.batch:<3} layers{self.layers:<3} {self.kv_heads}x{self.row:<4} "
+            f"accepted{self.accepted:<2}"
+        )
+
+
+MODELS = [(32, 32, 256), (32, 8, 256), (30, 3, 128)]  # Llama-2-7B, Llama-3-8B, SmolLM2-135M
+SHAPES = [
+    Shape(batch, *model, accepted)
+    for model in MODELS
+    for batch in (1, 8, 32, 128)
+    for accepted in (1, 3, 5)
+]
+QUICK_SHAPES = [shape for shape in SHAPES if shape.accepted == 3]
+
+
+def path_of(accepted: int) -> list[int]:
+    """Accepted rows, root first; each lies behind its place, the last at row 63."""
+    return [0, *(ROWS - 1 - (accepted - j) * 5 for j in range(1, accepted + 1))]
+
+
+def make_inputs(shape: Shape) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Caches in vLLM's default order (block, slot, head) and the compactor's arguments."""
+    pages = ROWS // BLOCK_SIZE + 2
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    blocks = shape.batch * pages
+    caches = [
+        torch.randint(
+            -(2**15), 2**15, (blocks, BLOCK_SIZE, shape.kv_heads, shape.row),
+            dtype=torch.int16, device=DEVICE, generator=generator,
+        ).transpose(1, 2)
+        for _ in range(shape.layers)
+    ]  # fmt: skip
+    order = torch.randperm(blocks, device=DEVICE, generator=generator)
+    mask = sum(1 << b for b in path_of(shape.accepted))
+    mask -= mask >> 63 << 64
+    arguments = {
+        "block_table": order.view(shape.batch, pages).to(torch.int32),
+        "idx_mapping": torch.arange(shape.batch, device=DEVICE),
+        "root_positions": torch.arange(shape.batch, device=DEVICE) % BLOCK_SIZE,
+        "path_masks": torch.full((shape.batch,), mask, device=DEVICE),
+    }
+    return caches, arguments
+
+
+def places(arguments: dict[str, Any], rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks and slots, ``[batch, len(rows)]`` each, of tree rows."""
+    keys = arguments["root_positions"][:, None] + torch.tensor(rows, device=DEVICE)
+    blocks = arguments["block_table"].gather(1, keys // BLOCK_SIZE).long()
+    return blocks, keys % BLOCK_SIZE
+
+
+def indexing(shape: Shape, caches: list[torch.Tensor], arguments: dict[str, Any]) -> Callable:
+    """PyTorch's way: two indexing kernels per layer, the places known beforehand."""
+    path = path_of(shape.accepted)
+    source, target = places(arguments, path[1:]), places(arguments, list(range(1, len(path))))
+
+    def run() -> None:
+        for cache in caches:
+            cache[target[0], :, target[1]] = cache[source[0], :, source[1]]
+
+    return run
+
+
+def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
+    """Check the kernel, then time both."""
+    caches, arguments = make_inputs(shape)
+    want = [cache.clone() for cache in caches]
+    indexing(shape, want, arguments)()
+    compactor = KVCompactor(caches)
+    compactor(**arguments)
+    correct = all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
+    # Replays move garbage over garbage, at the same addresses.
+    kernel = time_gpu(lambda: compactor(**arguments), repeats=repeats)
+    torch_way = time_gpu(indexing(shape, caches, arguments), repeats=repeats)
+    moved = 2 * shape.batch * shape.layers * shape.accepted * shape.kv_heads * shape.row * 2
+    return {
+        "shape": shape._asdict(), "correct": correct, "bytes_read_and_written": moved,
+        "gigabytes_per_second": round(moved / kernel.median / 1e3, 1),
+        "kernel": kernel.as_dict(), "torch_indexing": torch_way.as_dict(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--quick", action="store_true", help="three accepted nodes only")
+    parser.add_argument("--repeats", type=int, default=40)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    print(f"{'microseconds':<34} {'kernel':>10} {'indexing':>10} {'GB/s':>8}")
+    rows = []
+    for shape in QUICK_SHAPES if args.quick else SHAPES:
+        row = bench_shape(shape, args.repeats)
+        rows.append(row)
+        mark = "" if row["correct"] else "  WRONG"
+        times = [row[way]["median"] for way in ("kernel", "torch_indexing")]
+        print(
+            f"{shape!s:<34} {times[0]:10.1f} {times[1]:10.1f} {row['gigabytes_per_second']:8.0f}{mark}",
+            flush=True,
+        )
+    write_record(args.out, {"benchmark": "kv_compaction", "block_size": BLOCK_SIZE, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

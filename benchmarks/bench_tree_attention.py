@@ -1,0 +1,296 @@
+"""Tree attention beside vLLM's Triton attention with a query-query bias and FlashAttention 3.
+
+    python benchmarks/bench_tree_attention.py --out record.json [--quick] [--tune]
+
+All kernels read the same paged bfloat16 cache.  The Triton peer gets the tree as its
+``qq_bias`` (one mask for the whole batch); FlashAttention cannot take one and runs the same
+rows causally, as a chain, which is the cost of verification without a tree.  Every output
+is compared with the PyTorch twin in float32 before it is timed.  A peer that is missing or
+fails is reported in its column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from records import write_record
+from timing import time_gpu
+
+from vllm_medusa.triton_kernels import attention, reference, tree_attention
+from vllm_medusa.triton_kernels.attention_plan import plan_attention, workspace_elements
+
+DEVICE = torch.device("cuda")
+BLOCK_SIZE = 16  # vLLM's default page
+# bfloat16 weights and output against float32: 2^-8 of outputs up to about 2.
+TOLERANCE = 2e-2
+
+
+class Shape(NamedTuple):
+    """One row of the table; `rows` are query rows per request, root included."""
+
+    batch: int
+    context: int
+    rows: int
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}/{self.kv_heads}x{self.head_size}"
+        return f"bs{self.batch:<3} ctx{self.context:<5} rows{self.rows:<3} {heads:<10}"
+
+
+MODELS = [(32, 8, 128), (32, 32, 128), (9, 3, 64)]
+ALL_SHAPES = [
+    Shape(batch, context, rows, *model)
+    for model in MODELS
+    for rows in (16, 40, 64)
+    for batch in (1, 8, 32)
+    for context in (512, 2048, 8192)
+]
+# The sixteen most telling shapes; most of their time is compilation.
+QUICK_SHAPES = [
+    shape
+    for shape in ALL_SHAPES
+    if (shape.rows == 64 and (shape[3:] == MODELS[0] or (shape.context, shape.batch) == (2048, 8)))
+    or (shape.rows == 16 and shape.context == 2048 and shape[3:] == MODELS[0])
+]
+QUICK_SECONDS = 75  # after which --quick leaves the rest out
+TUNE_SHAPES = [Shape(8, 2048, 64, *MODELS[0]), Shape(1, 2048, 16, *MODELS[0])]
+
+
+def as_int64(words: list[int]) -> torch.Tensor:
+    """Unsigned 64-bit words as an int64 tensor."""
+    return torch.tensor([word - (word >> 63 << 64) for word in words], device=DEVICE)
+
+
+def tree_masks(rows: int) -> torch.Tensor:
+    """Ancestor words of a random tree, the same for a given number of rows."""
+    rng = random.Random(rows)
+    masks = [1]
+    for row in range(1, rows):
+        masks.append(masks[rng.randrange(row)] | 1 << row)
+    return as_int64(masks)
+
+
+def chain_masks(rows: int) -> torch.Tensor:
+    """Ancestor words of a chain, which is what causal attention computes."""
+    return as_int64([(1 << row + 1) - 1 for row in range(rows)])
+
+
+def make_arguments(shape: Shape) -> dict[str, Any]:
+    """Arguments of tree_attention for one shape, pages in random order."""
+    pages = math.ceil((shape.context + shape.rows) / BLOCK_SIZE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+
+    cache = normal(shape.batch * pages, BLOCK_SIZE, shape.kv_heads, 2 * shape.head_size)
+    k_cache, v_cache = cache.split(shape.head_size, -1)
+    order = torch.randperm(shape.batch * pages, generator=generator, device=DEVICE)
+    q = normal(shape.batch * shape.rows, shape.heads, shape.head_size)
+    masks = tree_masks(shape.rows)
+    return {
+        "out": torch.empty_like(q),
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_table": order.view(shape.batch, pages).to(torch.int32),
+        "query_start_loc": torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
+        * shape.rows,
+        "seq_lens": torch.full(
+            (shape.batch,), shape.context + shape.rows, dtype=torch.int32, device=DEVICE
+        ),
+        "tree_masks": masks.expand(shape.batch, -1).contiguous(),
+        "scale": shape.head_size**-0.5,
+        "num_reqs": shape.batch,
+        "max_query_len": shape.rows,
+        "max_seq_len": shape.context + shape.rows,
+    }
+
+
+def twin_output(arguments: dict[str, Any], masks: torch.Tensor) -> torch.Tensor:
+    """float32 output of the twin under `masks`."""
+    exact = dict(arguments) | {"tree_masks": masks}
+    for name in ("q", "k_cache", "v_cache"):
+        exact[name] = exact[name].float()
+    # Converted halves are dense; both need the same strides, which they have.
+    exact["out"] = torch.empty_like(exact["q"])
+    reference.tree_attention(**exact)
+    return exact["out"]
+
+
+def ours(arguments: dict[str, Any]) -> Callable[[], None]:
+    """This package's kernel."""
+    return lambda: tree_attention(**arguments)
+
+
+def vllm_triton(arguments: dict[str, Any]) -> Callable[[], None]:
+    """vLLM's unified Triton attention with the tree as an additive bias."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    a, rows = arguments, arguments["max_query_len"]
+    bits = a["tree_masks"][0, :, None] >> torch.arange(rows, device=DEVICE) & 1
+    bias = torch.where(bits.bool(), 0.0, float("-inf")).contiguous()
+    return lambda: unified_attention(
+        q=a["q"], k=a["k_cache"], v=a["v_cache"], out=a["out"],
+        cu_seqlens_q=a["query_start_loc"], max_seqlen_q=rows, seqused_k=a["seq_lens"],
+        max_seqlen_k=a["max_seq_len"], softmax_scale=a["scale"], causal=True,
+        window_size=(-1, -1), block_table=a["block_table"], softcap=0, q_descale=None,
+        k_descale=None, v_descale=None, qq_bias=bias,
+    )  # fmt: skip
+
+
+def flash_attention(arguments: dict[str, Any]) -> Callable[[], None]:
+    """FlashAttention 3, causal."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    a = arguments
+    return lambda: flash_attn_varlen_func(
+        q=a["q"], k=a["k_cache"], v=a["v_cache"], out=a["out"],
+        cu_seqlens_q=a["query_start_loc"], max_seqlen_q=a["max_query_len"],
+        seqused_k=a["seq_lens"], max_seqlen_k=a["max_seq_len"], softmax_scale=a["scale"],
+        causal=True, block_table=a["block_table"], fa_version=3,
+    )  # fmt: skip
+
+
+KERNELS: dict[str, Callable] = {
+    "tree": ours, "triton-qq-bias": vllm_triton, "fa3-causal": flash_attention
+}  # fmt: skip
+
+
+def measure(
+    make: Callable, arguments: dict[str, Any], want: torch.Tensor, repeats: int
+) -> dict[str, Any]:
+    """Error and times of one kernel, or the reason why there are none."""
+    try:
+        run = make(arguments)
+        arguments["out"].fill_(float("nan"))
+        run()
+        error = (arguments["out"].float() - want).abs().max().item()
+        timing = time_gpu(run, repeats=repeats)
+    except Exception as problem:
+        torch.cuda.synchronize()
+        return {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:300]}
+    return {"max_error": error, "correct": error <= TOLERANCE, **timing.as_dict()}
+
+
+def floor_us(shape: Shape) -> float:
+    """The larger of KV bytes at 3.0 TB/s and products at 800 TFLOP/s (an H100's measured rates)."""
+    keys = shape.context + shape.rows
+    kv_bytes = shape.batch * keys * shape.kv_heads * shape.head_size * 2 * 2
+    flops = 4 * shape.batch * shape.rows * keys * shape.heads * shape.head_size
+    return max(kv_bytes / 3.0e12, flops / 800e12) * 1e6
+
+
+def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
+    """All kernels on one shape."""
+    arguments = make_arguments(shape)
+    chain = chain_masks(shape.rows).expand(shape.batch, -1)
+    want_tree = twin_output(arguments, arguments["tree_masks"])
+    want_chain = twin_output(arguments, chain)
+    results = {
+        name: measure(make, arguments, want_chain if name == "fa3-causal" else want_tree, repeats)
+        for name, make in KERNELS.items()
+    }
+    return {"shape": shape._asdict(), "floor_us": round(floor_us(shape), 2), "kernels": results}
+
+
+def print_row(shape: Shape, row: dict[str, Any]) -> None:
+    cells = []
+    for name in KERNELS:
+        result = row["kernels"][name]
+        if "failed" in result:
+            cells.append(f"{'failed':>16}")
+        else:
+            mark = " " if result["correct"] else "!"
+            cells.append(f"{result['median']:9.1f} ±{result['p90'] - result['p10']:5.1f}{mark}")
+    print(f"{shape} {row['floor_us']:8.1f} {' '.join(cells)}", flush=True)
+
+
+def tune(shape: Shape, repeats: int) -> list[dict[str, Any]]:
+    """Times of launch plans around the chosen one, best first."""
+    arguments = make_arguments(shape)
+    base = plan_attention(
+        num_reqs=shape.batch, num_kv_heads=shape.kv_heads, group=shape.heads // shape.kv_heads,
+        head_size=shape.head_size, item_size=2, max_query_len=shape.rows,
+        max_seq_len=shape.context + shape.rows, num_multiprocessors=attention.num_multiprocessors(
+            arguments["q"].device),
+    )  # fmt: skip
+    pairs = shape.rows * shape.heads // shape.kv_heads
+    found = []
+    for block_rows, block_keys, warps, stages, factor in itertools.product(
+        (64, 128), (32, 64, 128), (4, 8), (2, 3), (1, 2)
+    ):
+        if (block_rows == 128) != (warps == 8) or block_rows > max(64, pairs):
+            continue
+        plan = dataclasses.replace(
+            base, block_rows=block_rows, block_keys=block_keys, num_warps=warps,
+            num_stages=stages, row_tiles=math.ceil(pairs / block_rows),
+            num_splits=base.num_splits * factor,
+        )  # fmt: skip
+        try:
+            timing = time_gpu(_with_plan(plan, arguments), repeats=repeats)
+            found.append({"plan": dataclasses.asdict(plan), **timing.as_dict()})
+        except Exception as problem:
+            found.append({"plan": dataclasses.asdict(plan), "failed": str(problem)[:200]})
+    return sorted(found, key=lambda entry: entry.get("median", math.inf))
+
+
+def _with_plan(plan: Any, a: dict[str, Any]) -> Callable[[], None]:
+    num_tokens, heads, head_size = a["q"].shape
+    elements = workspace_elements(num_tokens, heads, head_size, plan.num_splits)
+    workspace = torch.empty(elements, dtype=torch.float32, device=DEVICE)
+    tensors = [a[name] for name in ("out", "q", "k_cache", "v_cache", "block_table",
+                                    "query_start_loc", "seq_lens", "tree_masks")]  # fmt: skip
+    return lambda: attention.launch(
+        plan, *tensors, a["scale"], a["num_reqs"], a["max_query_len"], 0, 0.0, None, None, None,
+        workspace,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--quick", action="store_true", help="a few shapes, under 90 seconds")
+    parser.add_argument("--tune", action="store_true", help="launch plans instead of peers")
+    parser.add_argument("--repeats", type=int, default=40)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    if args.tune:
+        rows = [{"shape": s._asdict(), "plans": tune(s, args.repeats)} for s in TUNE_SHAPES]
+        for row in rows:
+            print(row["shape"])
+            for entry in row["plans"][:6]:
+                print("  ", entry.get("median"), entry["plan"])
+        write_record(args.out, {"benchmark": "tree_attention_plans", "rows": rows})
+        return
+    print(f"{'microseconds, median ± (p90 - p10), ! = wrong':<38} {'floor':>8} "
+          + " ".join(f"{name:>16}" for name in KERNELS))  # fmt: skip
+    started, rows = time.monotonic(), []
+    for shape in QUICK_SHAPES if args.quick else ALL_SHAPES:
+        if args.quick and time.monotonic() - started > QUICK_SECONDS:
+            print(f"{shape} and what follows left out: {QUICK_SECONDS} s are over")
+            break
+        rows.append(bench_shape(shape, args.repeats))
+        print_row(shape, rows[-1])
+    for name in KERNELS:
+        reasons = {row["kernels"][name].get("failed") for row in rows} - {None}
+        for reason in reasons:
+            print(f"{name} failed: {reason}")
+    write_record(args.out, {"benchmark": "tree_attention", "block_size": BLOCK_SIZE, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
