@@ -40,8 +40,7 @@ setup(
     entry_points={
         "console_scripts": ["vllm-medusa = vllm_medusa.cli:main"],
         "vllm.general_plugins": ["medusa = vllm_medusa.plugin:register"],
-        # vLLM's V2 model runner wants a Triton backend even on a CPU; this stub
-        # is never active and the per-step kernels have PyTorch fall-backs.
-        "triton.backends": ["cpu = vllm_medusa.cpu_kernels.triton_stub"],
+        # No platform: the one entry point that runs before vLLM's first EngineArgs.
+        "vllm.platform_plugins": ["medusa = vllm_medusa.plugin:before_engine_args"],
     },
 )

@@ -78,4 +78,10 @@ def _group_compactor(caches: list[torch.Tensor], device: torch.device) -> Any:
         return CPUKVCompactor(caches)
     from vllm_medusa.triton_kernels import KVCompactor
 
-    return KVCompactor(caches)
+    compactor = KVCompactor(caches)
+
+    def move(block_table, idx_mapping, root_positions, path_masks) -> None:
+        num_reqs = idx_mapping.shape[0]
+        compactor(block_table, idx_mapping, root_positions, path_masks, num_reqs=num_reqs)
+
+    return move

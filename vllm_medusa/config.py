@@ -66,6 +66,11 @@ class MedusaOptions:
         ):
             raise ValueError(f"medusa: num_heads={self.num_heads!r} must be a positive integer")
 
+    @property
+    def location(self) -> str:
+        """What ``load_heads`` takes: the path, or the hub id with its revision."""
+        return self.model if self.revision is None else f"{self.model}@{self.revision}"
+
     @classmethod
     def from_speculative_config(cls, config: Mapping[str, Any]) -> MedusaOptions:
         """Read vLLM's ``speculative_config`` dictionary (``-`` and ``_`` are alike).

@@ -8,7 +8,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
-from vllm_medusa import cpu_kernels, vllm_seams
+from vllm_medusa import vllm_seams
+from vllm_medusa.cpu_kernels.v2_runner import enable_v2_runner
 from vllm_medusa.front_end import CPU_BACKEND
 from vllm_medusa.runner import TreeRunnerMixin
 
@@ -22,7 +23,7 @@ class MedusaCPUWorker(CPUWorker):
 
     def init_device(self) -> None:
         """Register kernels and the attention backend in this process, then start as usual."""
-        cpu_kernels.register()
+        enable_v2_runner()
         register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
         with vllm_seams.cpu_runner_class(MedusaCPUModelRunner):
             super().init_device()

@@ -1,6 +1,7 @@
-"""Entry point of ``vllm.general_plugins``: called in every vLLM process.
+"""Entry points of ``vllm.general_plugins`` and ``vllm.platform_plugins``.
 
-Registering changes nothing until a config asks for ``method="medusa"``.
+Both are called in every vLLM process; neither changes anything until a config
+asks for ``method="medusa"``.
 """
 
 from __future__ import annotations
@@ -14,20 +15,36 @@ def register() -> None:
     """Install the Medusa method, or say in one sentence why it steps aside."""
     from vllm_medusa import __version__, vllm_seams
 
-    version = vllm_seams.vllm_version()
-    if version.split("+")[0].rsplit(".", 1)[0] != vllm_seams.SUPPORTED_VLLM:
+    if not vllm_seams.is_supported():
         missing = vllm_seams.missing_symbols()
         changed = f" (changed there: {', '.join(missing)})" if missing else ""
         logger.warning(
             "vllm-medusa %s is made for vLLM %s and steps aside on vLLM %s%s",
             __version__,
             vllm_seams.SUPPORTED_VLLM,
-            version,
+            vllm_seams.vllm_version(),
             changed,
         )
         return
     from vllm_medusa import front_end
     from vllm_medusa.speculative_config import is_medusa
 
+    vllm_seams.install_keyword(front_end.merge_speculative_model)
     vllm_seams.install_front_end(front_end)
     vllm_seams.install_config_gates(is_medusa)
+
+
+def before_engine_args() -> None:
+    """Prepare ``LLM(speculative_model=...)``; returns no platform, so vLLM picks its own.
+
+    Called while vLLM is half imported: nothing here may import more of it.
+    """
+    from vllm_medusa import vllm_seams
+
+    def merge(speculative_config: dict | None, value: str) -> dict:
+        from vllm_medusa.front_end import merge_speculative_model
+
+        return merge_speculative_model(speculative_config, value)
+
+    if vllm_seams.is_supported():
+        vllm_seams.install_keyword(merge)

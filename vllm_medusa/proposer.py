@@ -44,13 +44,12 @@ class MedusaProposer(DraftModelSpeculator):
         model_config = self.vllm_config.model_config
         weights = load_heads(
             self.speculative_config.model,
-            revision=self.speculative_config.revision,
             hidden_size=model_config.get_hidden_size(),
             vocab_size=model_config.get_vocab_size(),
             dtype=self.dtype,
             base_model=model_config.model,
         )
-        heads = MedusaHeads.from_weights(weights.first_heads(self.num_heads)).to(self.device)
+        heads = MedusaHeads.from_weights(weights.first_heads(self.num_heads), self.device)
         # Not a submodule: vLLM walks the draft's parameters on reload and sleep.
         object.__setattr__(self, "compute_base_logits", target_model.compute_logits)
         return heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vllm.config import SpeculativeConfig
@@ -9,7 +10,7 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_medusa.checkpoint import describe_heads
+from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.config import DEFAULT_NODE_BUDGET, DEFAULT_TREE, MEDUSA_METHOD, MedusaOptions
 from vllm_medusa.tree import TokenTree
 
@@ -49,7 +50,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         return f"SpeculativeConfig({method=}, {model=}, tree_nodes={nodes}, heads={heads})"
 
 
-def choose_tree(options: MedusaOptions, num_heads: int, tree_file: str | None) -> TokenTree:
+def choose_tree(options: MedusaOptions, num_heads: int, tree_file: Path | None) -> TokenTree:
     """Tree for this start: asked for, else beside the heads, else the built-in one.
 
     Parameters
@@ -57,7 +58,7 @@ def choose_tree(options: MedusaOptions, num_heads: int, tree_file: str | None) -
     options : MedusaOptions
     num_heads : int
         Heads available to the tree.
-    tree_file : str or None
+    tree_file : pathlib.Path or None
         ``tree.json`` beside the heads.
 
     Returns
@@ -94,33 +95,33 @@ def create_medusa_config(
         Unknown keys, heads that do not fit the target, impossible tree.
     """
     options = MedusaOptions.from_speculative_config(speculative_config)
-    description = describe_heads(
-        options.model,
-        revision=options.revision,
+    # The whole file is read here, in the user's own process, so that a bad one is
+    # refused before engine and workers start; they read it again from the page cache.
+    heads = load_heads(
+        options.location,
         hidden_size=target_model_config.get_hidden_size(),
         vocab_size=target_model_config.get_vocab_size(),
         base_model=target_model_config.model,
     )
-    num_heads = description.spec.num_heads
+    num_heads = heads.spec.num_heads
     if options.num_heads is not None:
         if options.num_heads > num_heads:
             raise ValueError(
                 f"medusa: num_heads={options.num_heads} but {options.model} holds {num_heads}"
             )
         num_heads = options.num_heads
-    tree = choose_tree(options, num_heads, description.tree_file)
+    tree = choose_tree(options, num_heads, heads.tree_path)
     logger.info(
         "Medusa: %d heads from %s (format %s), tree of %d nodes and depth %d",
         num_heads,
         options.model,
-        description.format,
+        heads.format,
         tree.num_nodes,
         tree.max_depth,
     )
     return MedusaSpeculativeConfig(
         method=MEDUSA_METHOD,
-        model=options.model,
-        revision=options.revision,
+        model=options.location,
         num_speculative_tokens=tree.num_nodes,
         tree_paths=tree.paths,
         num_medusa_heads=tree.max_depth,

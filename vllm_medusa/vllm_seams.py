@@ -17,6 +17,9 @@ VllmConfig._get_v2_model_runner_                lists "medusa" as V1-only by nam
   unsupported_features
 config.vllm.NgramGPUTypes                       names the methods that may be scheduled
                                                 asynchronously
+VllmConfig.use_v2_model_runner                  no V2 runner on a CPU without Triton's CPU
+VllmConfig._validate_v2_model_runner            backend; our kernels replace what it needs
+triton_utils.triton.next_power_of_2             vLLM's stand-in for Triton lacks it
 SamplingParams._validate_spec_decode            refuses min_p and logit_bias under any
                                                 speculation; our rule is exact for both
 SpecDecodingProm.__init__                       one Prometheus label per draft token:
@@ -32,7 +35,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
+import importlib.abc
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -55,9 +60,14 @@ RELIED_ON = (
 
 def vllm_version() -> str:
     """Version of the installed vLLM, whichever distribution carries it."""
-    import vllm
+    from vllm.version import __version__
 
-    return vllm.__version__
+    return __version__
+
+
+def is_supported() -> bool:
+    """Whether the installed vLLM is of the version that this project is made for."""
+    return vllm_version().split("+")[0].rsplit(".", 1)[0] == SUPPORTED_VLLM
 
 
 def missing_symbols() -> list[str]:
@@ -74,10 +84,10 @@ def missing_symbols() -> list[str]:
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Replace ``owner.name`` by ``make(original)`` once, keeping static and class methods."""
+    """Replace ``owner.name`` by ``make(original)`` once; static, class methods, properties too."""
     raw = owner.__dict__[name]
-    kind = type(raw) if isinstance(raw, (staticmethod, classmethod)) else None
-    original = raw.__func__ if kind else raw
+    kind = type(raw) if isinstance(raw, (staticmethod, classmethod, property)) else None
+    original = getattr(raw, "__func__", None) or getattr(raw, "fget", None) or raw
     if getattr(original, "_vllm_medusa", False):
         return
     wrapper = functools.wraps(original)(make(original))
@@ -97,16 +107,6 @@ def install_front_end(hooks: Any) -> None:
         ``finish_config(vllm_config)``.
     """
     from vllm.engine.arg_utils import EngineArgs
-
-    def make_init(original: Callable) -> Callable:
-        def init(self, *args, speculative_model: str | None = None, **kwargs):
-            if speculative_model is not None:
-                kwargs["speculative_config"] = hooks.merge_speculative_model(
-                    kwargs.get("speculative_config"), speculative_model
-                )
-            original(self, *args, **kwargs)
-
-        return init
 
     def make_add_cli_args(original: Callable) -> Callable:
         def add_cli_args(parser):
@@ -148,21 +148,89 @@ def install_front_end(hooks: Any) -> None:
 
         return create_engine_config
 
-    _wrap(EngineArgs, "__init__", make_init)
     _wrap(EngineArgs, "add_cli_args", make_add_cli_args)
     _wrap(EngineArgs, "from_cli_args", make_from_cli_args)
     _wrap(EngineArgs, "create_speculative_config", make_create_speculative_config)
     _wrap(EngineArgs, "create_engine_config", make_create_engine_config)
-    # AsyncEngineArgs is a dataclass of its own: its generated __init__ does not
-    # call EngineArgs.__init__.
-    from vllm.engine.arg_utils import AsyncEngineArgs
 
-    _wrap(AsyncEngineArgs, "__init__", make_init)
+
+def install_keyword(merge: Callable[[dict | None, str], dict]) -> None:
+    """Let ``EngineArgs`` (and so ``LLM``) take ``speculative_model="medusa:PATH"``.
+
+    vLLM loads general plugins *inside* the first ``EngineArgs.__init__``, too late
+    for a keyword of that call; a platform plugin runs before ``arg_utils`` is
+    imported, so the wrapper goes in right after that import.
+    """
+
+    def make_init(original: Callable) -> Callable:
+        def init(self, *args, speculative_model: str | None = None, **kwargs):
+            if speculative_model is not None:
+                kwargs["speculative_config"] = merge(
+                    kwargs.get("speculative_config"), speculative_model
+                )
+            original(self, *args, **kwargs)
+
+        return init
+
+    def wrap_both(module: Any) -> None:
+        # Two dataclasses, two generated constructors.
+        _wrap(module.EngineArgs, "__init__", make_init)
+        _wrap(module.AsyncEngineArgs, "__init__", make_init)
+
+    _after_import("vllm.engine.arg_utils", wrap_both)
+
+
+def _after_import(module_name: str, action: Callable[[Any], None]) -> None:
+    """Run ``action(module)`` as soon as the module is complete: now, or after its import."""
+    module = sys.modules.get(module_name)
+    if module is None:
+        sys.meta_path.insert(0, _ImportWatch(module_name, action))
+    elif getattr(module.__spec__, "_initializing", False):
+        _watch_first_read(module, action)
+    else:
+        action(module)
+
+
+class _ImportWatch(importlib.abc.MetaPathFinder):
+    """Finds one module like everybody else, and acts when it has been executed."""
+
+    def __init__(self, module_name: str, action: Callable[[Any], None]):
+        self.module_name, self.action = module_name, action
+
+    def find_spec(self, name, path, target=None):
+        if name != self.module_name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.action(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _watch_first_read(module: Any, action: Callable[[Any], None]) -> None:
+    """Act at the first read of a module whose import is under way right now."""
+    plain_class = type(module)
+
+    class Watched(plain_class):
+        def __getattribute__(self, name):
+            if name != "__spec__" and not self.__spec__._initializing:
+                self.__class__ = plain_class
+                action(self)
+                return getattr(self, name)
+            return super().__getattribute__(name)
+
+    module.__class__ = Watched
 
 
 def install_config_gates(is_medusa: Callable[[Any], bool]) -> None:
     """Let ``method="medusa"`` through the gates that mean vLLM's own V1 proposer."""
     import vllm.config.vllm as vllm_config_module
+    from vllm import envs
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
@@ -175,6 +243,23 @@ def install_config_gates(is_medusa: Callable[[Any], bool]) -> None:
             return unsupported
 
         return unsupported_features
+
+    def make_use_v2(original: Callable) -> Callable:
+        def use_v2_model_runner(self):
+            if needs_triton_stand_in(self, is_medusa):
+                return envs.VLLM_USE_V2_MODEL_RUNNER is not False
+            return original(self)
+
+        return use_v2_model_runner
+
+    def make_validate_v2(original: Callable) -> Callable:
+        def validate_v2_model_runner(self):
+            if not needs_triton_stand_in(self, is_medusa):
+                return original(self)
+            with replaced("vllm.config.vllm", "HAS_TRITON", True):
+                return original(self)
+
+        return validate_v2_model_runner
 
     def make_validate(original: Callable) -> Callable:
         def validate_spec_decode(self, speculative_config):
@@ -193,11 +278,31 @@ def install_config_gates(is_medusa: Callable[[Any], bool]) -> None:
         return prom_init
 
     _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", make_unsupported)
+    _wrap(VllmConfig, "use_v2_model_runner", make_use_v2)
+    _wrap(VllmConfig, "_validate_v2_model_runner", make_validate_v2)
     _wrap(SamplingParams, "_validate_spec_decode", make_validate)
     _wrap(SpecDecodingProm, "__init__", make_prom_init)
     # vLLM's own Medusa (V1 chain) cannot be reached with the plugin installed, so
     # adding the name changes nothing for any other method.
     vllm_config_module.NgramGPUTypes = Literal["ngram_gpu", "medusa"]
+
+
+def needs_triton_stand_in(vllm_config: Any, is_medusa: Callable[[Any], bool]) -> bool:
+    """Whether this is Medusa on a CPU where vLLM found no usable Triton."""
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    return (
+        current_platform.is_cpu() and not HAS_TRITON and is_medusa(vllm_config.speculative_config)
+    )
+
+
+def complete_triton_stand_in() -> None:
+    """Give vLLM's stand-in for Triton the one function that the V2 runner's host code calls."""
+    from vllm.triton_utils import HAS_TRITON, triton
+
+    if not HAS_TRITON:
+        triton.next_power_of_2 = lambda n: 1 << max(0, n - 1).bit_length()
 
 
 @contextlib.contextmanager

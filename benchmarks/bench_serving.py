@@ -1,0 +1,253 @@
+"""Plain vLLM and Medusa on the same MT-Bench questions, taking turns in one run.
+
+    python benchmarks/bench_serving.py --model MODEL --heads HEADS --out record.json
+
+Per concurrency and round both sides answer the same questions (both turns, the
+second with the side's own first answer), in alternating order.  The record holds
+medians over rounds, tokens per step with spread and by category, accepted tokens
+by depth, and where the two sides' greedy answers part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from engine_process import EngineProcess
+from records import spread, write_record
+
+QUESTIONS = Path(__file__).parent / "data" / "mt_bench_questions.jsonl"
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="target model directory")
+    parser.add_argument("--heads", required=True, help="Medusa heads")
+    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--num-questions", type=int, default=80, help="spread over categories")
+    parser.add_argument("--turns", type=int, default=2, choices=(1, 2))
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tree", default=None, help="tree of the Medusa side")
+    parser.add_argument("--nodes", type=int, default=None, help="node budget of the Medusa side")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-num-seqs", type=int, default=None)
+    parser.add_argument("--memory", type=float, default=None, help="gpu_memory_utilization")
+    return parser.parse_args()
+
+
+def load_questions(path: Path, count: int) -> list[dict[str, Any]]:
+    """``count`` questions, the same number from every category as far as it goes."""
+    questions = [json.loads(line) for line in path.read_text().splitlines()]
+    by_category: dict[str, list] = {}
+    for question in questions:
+        by_category.setdefault(question["category"], []).append(question)
+    ordered = [
+        group[i]
+        for i in range(max(map(len, by_category.values())))
+        for group in by_category.values()
+        if i < len(group)
+    ]
+    return ordered[:count]
+
+
+def answer(
+    side: EngineProcess, questions: list[dict], args: argparse.Namespace, concurrency: int
+) -> dict[str, Any]:
+    """All turns of all questions on one side."""
+    sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    history: list[list[dict]] = [[] for _ in questions]
+    result = {"seconds": 0.0, "answers": [[] for _ in questions]}
+    for turn in range(args.turns):
+        for messages, question in zip(history, questions, strict=True):
+            messages.append({"role": "user", "content": question["turns"][turn]})
+        own = {"seed": args.seed} if args.temperature > 0 else {}
+        run = side.run([(messages, own) for messages in history], sampling, concurrency)
+        result["seconds"] += run["seconds"]
+        for messages, answers, output in zip(
+            history, result["answers"], run["answers"], strict=True
+        ):
+            messages.append({"role": "assistant", "content": output["text"]})
+            answers.append(output)
+    return result
+
+
+def tokens_per_step(histogram: list[int]) -> float:
+    """1 + accepted tokens per verification step."""
+    return 1 + sum(j * n for j, n in enumerate(histogram)) / max(1, sum(histogram))
+
+
+def acceptance(questions: list[dict], run: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per step over all steps, per question and category, and acceptance by depth."""
+    per_question, by_category, total = [], {}, [0] * 65
+    for question, answers in zip(questions, run["answers"], strict=True):
+        merged = [0] * 65
+        for output in answers:
+            for j, n in enumerate(output["accepted_histogram"]):
+                merged[j] += n
+                total[j] += n
+        per_question.append(tokens_per_step(merged))
+        by_category.setdefault(question["category"], []).append(per_question[-1])
+    steps = sum(total)
+    depth = max(j for j, n in enumerate(total) if n)
+    return {
+        "tokens_per_step": tokens_per_step(total),
+        "tokens_per_step_per_question": spread(per_question),
+        "tokens_per_step_by_category": {
+            name: statistics.mean(values) for name, values in sorted(by_category.items())
+        },
+        "accepted_by_depth": [sum(total[d:]) / steps for d in range(1, depth + 1)],
+        "verification_steps": steps,
+    }
+
+
+def agreement(plain: dict, medusa: dict, judge: EngineProcess) -> dict[str, Any]:
+    """Where greedy answers part, and how near a tie the two tokens were there.
+
+    bf16 logits of 16 to 32 lie 0.125 apart, and rows of different batch shapes are
+    rounded differently; a gap of a few such steps at the first divergence is a tie
+    that rounding broke, a large one would be a fault.
+    """
+    same, prompts, tokens = 0, [], []
+    for left, right in zip(plain["answers"], medusa["answers"], strict=True):
+        a, b = left[0]["token_ids"], right[0]["token_ids"]
+        where = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+        if where is None:
+            same += len(a) == len(b)
+            continue
+        prompts.append(left[0]["prompt_token_ids"] + a[:where])
+        tokens.append((where, a[where], b[where]))
+    gaps = []
+    for (where, x, y), row in zip(
+        tokens, judge.next_logprobs(prompts) if prompts else [], strict=True
+    ):
+        known = x in row and y in row
+        gaps.append({"position": where, "logprob_gap": abs(row[x] - row[y]) if known else None})
+    return {
+        "first_turns_compared": len(plain["answers"]),
+        "identical": same,
+        "first_divergences": sorted(gaps, key=lambda gap: gap["position"]),
+        "largest_gap": max(
+            (g["logprob_gap"] for g in gaps if g["logprob_gap"] is not None), default=0
+        ),
+    }
+
+
+def speed(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Output tokens per second over rounds."""
+    rates = []
+    for run in runs:
+        tokens = sum(len(o["token_ids"]) for answers in run["answers"] for o in answers)
+        rates.append(tokens / run["seconds"])
+    return spread(rates)
+
+
+def measure(
+    sides: dict[str, EngineProcess], questions: list[dict], args: argparse.Namespace, level: int
+) -> dict[str, Any]:
+    """One concurrency: a warm-up, then rounds with the sides' order alternating."""
+    runs: dict[str, list] = {name: [] for name in sides}
+    for side in sides.values():
+        answer(side, questions[: max(2, level)], args, level)
+    for round_index in range(args.rounds):
+        order = list(sides) if round_index % 2 == 0 else list(sides)[::-1]
+        for name in order:
+            runs[name].append(answer(sides[name], questions, args, level))
+            tokens = sum(len(o["token_ids"]) for a in runs[name][-1]["answers"] for o in a)
+            rate = tokens / runs[name][-1]["seconds"]
+            print(f"concurrency {level} round {round_index} {name}: {rate:.1f} tok/s", flush=True)
+    plain, medusa = speed(runs["plain"]), speed(runs["medusa"])
+    ratios = [
+        (p["seconds"] / sum(len(o["token_ids"]) for a in p["answers"] for o in a))
+        / (m["seconds"] / sum(len(o["token_ids"]) for a in m["answers"] for o in a))
+        for p, m in zip(runs["plain"], runs["medusa"], strict=True)
+    ]
+    return {
+        "concurrency": level,
+        "plain_tokens_per_s": plain,
+        "medusa_tokens_per_s": medusa,
+        "speedup": spread(ratios),
+        "acceptance": acceptance(questions, runs["medusa"][-1]),
+        "agreement": agreement(runs["plain"][-1], runs["medusa"][-1], sides["plain"])
+        if args.temperature == 0
+        else None,
+    }
+
+
+def main() -> None:
+    """Start both engines, measure, write the record."""
+    args = parse_args()
+    questions = load_questions(args.questions, args.num_questions)
+    common: dict[str, Any] = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "max_model_len": args.max_model_len,
+        "max_num_seqs": args.max_num_seqs or max(8, *args.concurrency),
+        # Both turns share a prefix; reusing it would time the cache, not decoding.
+        "enable_prefix_caching": False,
+        "seed": args.seed,
+        "per_request_spec_decode_metrics": "summary",
+    }
+    if args.memory is not None:
+        common["gpu_memory_utilization"] = args.memory
+    speculative: dict[str, Any] = {"method": "medusa", "model": args.heads}
+    if args.tree is not None:
+        speculative["tree"] = args.tree
+    if args.nodes is not None:
+        speculative["num_speculative_tokens"] = args.nodes
+    sides: dict[str, EngineProcess] = {}
+    try:
+        # One after the other: both profile free memory while they start.
+        for name, extra in (("plain", {}), ("medusa", {"speculative_config": speculative})):
+            plain_only = {} if extra else {"per_request_spec_decode_metrics": "none"}
+            sides[name] = EngineProcess(name, common | extra | plain_only)
+            sides[name].wait_ready()
+            print(f"{name} engine ready", flush=True)
+        results = [measure(sides, questions, args, level) for level in args.concurrency]
+    finally:
+        for side in sides.values():
+            side.close()
+    settings = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("VLLM_", "OMP_")) and "CACHE" not in name
+    }
+    write_record(
+        args.out,
+        {
+            "benchmark": "serving",
+            "engine_args": {k: v for k, v in common.items() if k != "model"},
+            "speculative_config": {k: v for k, v in speculative.items() if k != "model"},
+            "model": Path(args.model).name,
+            "heads": Path(args.heads).name,
+            "num_questions": len(questions),
+            "turns": args.turns,
+            "max_tokens": args.max_tokens,
+            "temperature": args.temperature,
+            "rounds": args.rounds,
+            "environment": settings,
+            "results": results,
+        },
+    )
+    for result in results:
+        print(
+            f"concurrency {result['concurrency']}: plain "
+            f"{result['plain_tokens_per_s']['median']:.1f} tok/s, medusa "
+            f"{result['medusa_tokens_per_s']['median']:.1f} tok/s, speed-up "
+            f"{result['speedup']['median']:.2f}, tokens per step "
+            f"{result['acceptance']['tokens_per_step']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A vLLM engine in a process of its own, driven over a pipe.
+
+Two engines can then be alive at once and take turns in one run, and an idle one
+sleeps in ``recv`` instead of spinning on a core that the other needs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from typing import Any
+
+# Replaced on the command line by --start-timeout.
+START_TIMEOUT_S = 900
+
+
+def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
+    try:
+        from vllm import LLM, SamplingParams
+
+        llm = LLM(**engine_args)
+        pipe.send(("ready", None))
+        while (order := pipe.recv()) is not None:
+            kind, requests, sampling, concurrency = order
+            if kind == "next_logprobs":
+                pipe.send(("done", _next_logprobs(llm, requests, SamplingParams)))
+                continue
+            params = [SamplingParams(**(sampling | extra)) for _, extra in requests]
+            pipe.send(("done", _run(llm, [c for c, _ in requests], params, concurrency)))
+    except EOFError:
+        pass
+    except BaseException:
+        pipe.send(("failed", traceback.format_exc()))
+
+
+def _run(llm: Any, conversations: list, params: list, concurrency: int) -> dict[str, Any]:
+    """Answer in waves of ``concurrency``; one wave at a time keeps the batch size meaningful."""
+    answers, seconds = [], 0.0
+    for start in range(0, len(conversations), concurrency):
+        wave = slice(start, start + concurrency)
+        begin = time.perf_counter()
+        outputs = llm.chat(conversations[wave], params[wave], use_tqdm=False)
+        elapsed = time.perf_counter() - begin
+        seconds += elapsed
+        for output in outputs:
+            completion = output.outputs[0]
+            spec = completion.spec_decode_metrics
+            answers.append(
+                {
+                    "prompt_token_ids": list(output.prompt_token_ids),
+                    "token_ids": list(completion.token_ids),
+                    "text": completion.text,
+                    "seconds": elapsed,
+                    "accepted_histogram": None if spec is None else list(spec.histogram),
+                }
+            )
+    return {"answers": answers, "seconds": seconds}
+
+
+def _next_logprobs(llm: Any, prompts: list[list[int]], sampling_params: Any) -> list[dict]:
+    """{token: log probability} of the 20 likeliest next tokens after each prompt."""
+    params = sampling_params(temperature=0.0, max_tokens=1, logprobs=20)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [
+        {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
+        for output in outputs
+    ]
+
+
+class EngineProcess:
+    """One engine; ``run`` blocks until its answers are there.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    engine_args : dict
+        Keyword arguments of ``vllm.LLM``.
+    """
+
+    def __init__(self, name: str, engine_args: dict[str, Any]):
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, engine_args))
+        self._process.start()
+        child.close()
+
+    def _receive(self, timeout: float | None) -> Any:
+        if timeout is not None and not self._pipe.poll(timeout):
+            raise TimeoutError(f"engine {self.name!r} said nothing for {timeout:.0f} s")
+        kind, value = self._pipe.recv()
+        if kind == "failed":
+            raise RuntimeError(f"engine {self.name!r} failed:\n{value}")
+        return value
+
+    def wait_ready(self, timeout: float = START_TIMEOUT_S) -> None:
+        """Block until the engine has loaded and compiled."""
+        self._receive(timeout)
+
+    def run(
+        self,
+        conversations: list[tuple[list[dict], dict]],
+        sampling: dict[str, Any],
+        concurrency: int = 1,
+    ) -> dict[str, Any]:
+        """Answer conversations; each comes with sampling parameters of its own on top."""
+        self._pipe.send(("chat", conversations, sampling, concurrency))
+        return self._receive(None)
+
+    def next_logprobs(self, prompts: list[list[int]]) -> list[dict[int, float]]:
+        """Log probabilities of the likeliest next tokens after each token-id prompt."""
+        self._pipe.send(("next_logprobs", prompts, None, None))
+        return self._receive(None)
+
+    def close(self) -> None:
+        """End the process."""
+        try:
+            self._pipe.send(None)
+        except OSError:
+            pass
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()

@@ -1,0 +1,102 @@
+"""Run one engine configuration over several batches in a process of its own.
+
+    python engine_job.py JOB.json RESULT.json
+
+JOB: {"engine": {LLM arguments}, "plain_v2": bool, "batches": [{"prompts": [[ids]],
+"sampling": [{...}]}], "break": null | "compaction"}.  The result holds token ids,
+logprobs, spec-decode counters and the classes that really ran.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def use_plain_v2(engine: dict) -> None:
+    """Stock V2 runner without speculation: what seeded output is compared with on a CPU."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    import vllm.config.vllm as config_module
+
+    config_module.HAS_TRITON = True
+    engine["worker_cls"] = "plain_v2_worker.PlainV2CPUWorker"
+
+
+def logprob_rows(completion) -> list | None:
+    """[[token, logprob, rank], ...] per output position, sorted, or None."""
+    if completion.logprobs is None:
+        return None
+    return [
+        sorted([token, lp.logprob, lp.rank] for token, lp in row.items())
+        for row in completion.logprobs
+    ]
+
+
+def counters(llm) -> dict:
+    """Spec-decode counters of the engine's Prometheus registry."""
+    found = {}
+    for metric in llm.get_metrics():
+        if metric.name.startswith("vllm:spec_decode"):
+            found[metric.name] = getattr(metric, "values", None) or metric.value
+        if metric.name == "vllm:num_preemptions":
+            found[metric.name] = metric.value
+        if metric.name == "vllm:prefix_cache_hits":
+            found[metric.name] = metric.value
+    return found
+
+
+def main() -> None:
+    """Run the job."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    engine = job["engine"]
+    if job.get("plain_v2"):
+        use_plain_v2(engine)
+    from vllm import LLM, SamplingParams
+
+    if job.get("break") == "compaction":
+        from vllm_medusa.compaction import PathCompactor
+
+        PathCompactor.compact = lambda *args, **kwargs: None
+    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
+    results = []
+    for batch in job["batches"]:
+        prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
+        params = [SamplingParams(detokenize=False, **p) for p in batch["sampling"]]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        results.append(
+            [
+                {
+                    "token_ids": [list(c.token_ids) for c in output.outputs],
+                    "logprobs": logprob_rows(output.outputs[0]),
+                    "finish": output.outputs[0].finish_reason,
+                }
+                for output in outputs
+            ]
+        )
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    worker = executor.driver_worker.worker
+    runner = worker.model_runner
+    Path(sys.argv[2]).write_text(
+        json.dumps(
+            {
+                "batches": results,
+                "counters": counters(llm),
+                "worker": f"{type(worker).__module__}.{type(worker).__name__}",
+                "runner": f"{type(runner).__module__}.{type(runner).__name__}",
+                "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,
+                "speculative": repr(llm.llm_engine.vllm_config.speculative_config),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

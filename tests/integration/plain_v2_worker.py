@@ -1,0 +1,14 @@
+"""The stock V2 runner on a CPU with this project's kernel fall-backs and nothing else."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_medusa.cpu_kernels.v2_runner import enable_v2_runner
+
+
+class PlainV2CPUWorker(CPUWorker):
+    """``worker_cls`` of the baseline."""
+
+    def init_device(self) -> None:
+        """Register the fall-backs, start as usual."""
+        enable_v2_runner()
+        super().init_device()

@@ -1,0 +1,171 @@
+"""Output under speculation equals output without it, token for token, in float32.
+
+The baseline is stock vLLM: its V1 CPU runner for greedy decoding, its V2 runner
+for seeded sampling (the two runners draw different noise from one seed).
+"""
+
+from __future__ import annotations
+
+import pytest
+import traffic
+
+pytestmark = pytest.mark.vllm
+
+ENGINE = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "seed": 0}
+# Small enough that requests are preempted and prompts arrive in chunks.
+TIGHT = {
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 128,
+    "enable_chunked_prefill": True,
+    "enable_prefix_caching": True,
+    "num_gpu_blocks_override": 40,
+    "block_size": 32,
+}
+WIDE = {"max_num_seqs": 32, "enable_prefix_caching": True}
+
+
+def token_ids(result: dict) -> list:
+    return [[r["token_ids"] for r in batch] for batch in result["batches"]]
+
+
+def medusa(tiny: dict, **extra) -> dict:
+    return {"speculative_config": {"method": "medusa", "model": tiny["heads"], **extra}}
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[dict]:
+    """208 prompts x up to 128 tokens in batches of 1, 7, 40 and 160."""
+    made = []
+    for kind, count in (("greedy", 1), ("greedy", 7), ("greedy", 40), ("greedy", 160)):
+        made.append(
+            {"prompts": traffic.prompts(count, seed=count), "sampling": traffic.sampling(kind, count)}
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def seeded_batches() -> list[dict]:
+    return [
+        {
+            "prompts": traffic.prompts(count, seed=count + 1),
+            "sampling": traffic.sampling(kind, count),
+        }
+        for kind, count in (("seeded", 1), ("seeded", 120), ("mixed", 96))
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, run_job, batches) -> dict:
+    return run_job({"model": tiny["model"], **ENGINE, **WIDE}, batches)
+
+
+@pytest.fixture(scope="module")
+def plain_v2(tiny, run_job, seeded_batches) -> dict:
+    return run_job({"model": tiny["model"], **ENGINE, **WIDE}, seeded_batches, plain_v2=True)
+
+
+@pytest.mark.parametrize(
+    "label, extra, limits",
+    [
+        ("default tree, wide open", {}, WIDE),
+        ("63 nodes, preempted and chunked", {"num_speculative_tokens": 63}, TIGHT),
+        ("wide tree [4, 2, 1]", {"tree": [4, 2, 1]}, TIGHT),
+        ("chain", {"tree": [[0], [0, 0], [0, 0, 0]]}, WIDE),
+        ("one node", {"tree": [[0]]}, WIDE),
+    ],
+)
+def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, label, extra, limits):
+    result = run_job({"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, **extra)}, batches)
+    assert token_ids(result) == token_ids(plain)
+    counters = result["counters"]
+    accepted = counters["vllm:spec_decode_num_accepted_tokens"]
+    # The tree really ran, and drafts really were accepted.
+    assert accepted > 0.2 * counters["vllm:spec_decode_num_drafts"]
+    if limits is TIGHT:
+        assert counters["vllm:num_preemptions"] > 0
+        assert counters["vllm:prefix_cache_hits"] > 0
+    assert result["runner"].endswith("MedusaCPUModelRunner")
+
+
+@pytest.mark.parametrize("limits", [WIDE, TIGHT], ids=["wide", "tight"])
+def test_seeded_sampling_equals_stock_v2_runner(tiny, run_job, seeded_batches, plain_v2, limits):
+    engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, num_speculative_tokens=63)}
+    result = run_job(engine, seeded_batches)
+    assert plain_v2["runner"] == "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
+    assert token_ids(result) == token_ids(plain_v2)
+    assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+def test_comparison_sees_a_missing_compaction(tiny, run_job, batches, plain):
+    engine = {"model": tiny["model"], **ENGINE, **WIDE, **medusa(tiny, num_speculative_tokens=63)}
+    broken = run_job(engine, batches[:2], **{"break": "compaction"})
+    assert token_ids(broken) != token_ids(plain)[:2]
+
+
+def test_output_up_to_the_model_length(tiny, run_job):
+    """The tree is cut near max_model_len; every token up to the limit still agrees."""
+    batch = {
+        "prompts": traffic.prompts(6, seed=5, low=20, high=60),
+        "sampling": [{"temperature": 0.0, "max_tokens": 500, "ignore_eos": True}] * 6,
+    }
+    limits = {**WIDE, "max_model_len": 160}
+    plain = run_job({"model": tiny["model"], **ENGINE, **limits}, [batch])
+    result = run_job({"model": tiny["model"], **ENGINE, **limits, **medusa(tiny)}, [batch])
+    assert token_ids(result) == token_ids(plain)
+    lengths = [
+        len(ids) + len(out["token_ids"][0])
+        for ids, out in zip(batch["prompts"], result["batches"][0], strict=True)
+    ]
+    assert max(lengths) == 160
+
+
+def test_requests_that_cannot_branch_still_agree(tiny, run_job):
+    """Penalties and bad words accept no drafts; logit bias and min tokens do."""
+    params = [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"logit_bias": {"7": 3.0, "11": -100.0}},
+        {"min_tokens": 20, "stop_token_ids": [5, 6, 7]},
+        {"allowed_token_ids": list(range(3, 40))},
+        {},
+    ]
+    batch = {
+        "prompts": traffic.prompts(len(params), seed=9),
+        "sampling": [{"temperature": 0.0, "max_tokens": 64, "ignore_eos": True, **p} for p in params],
+    }
+    plain = run_job({"model": tiny["model"], **ENGINE, **WIDE}, [batch], plain_v2=True)
+    result = run_job({"model": tiny["model"], **ENGINE, **WIDE, **medusa(tiny)}, [batch])
+    assert token_ids(result) == token_ids(plain)
+
+
+# float32 logits of two attention implementations differ by a few ulp of the largest.
+LOGPROB_TOLERANCE = 2e-4
+
+
+def test_logprobs_are_those_of_the_accepted_rows(tiny, run_job):
+    batch = {
+        "prompts": traffic.prompts(8, seed=3),
+        "sampling": [
+            {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True, "logprobs": 3}
+        ]
+        * 8,
+    }
+    plain = run_job({"model": tiny["model"], **ENGINE, **WIDE}, [batch], plain_v2=True)
+    result = run_job({"model": tiny["model"], **ENGINE, **WIDE, **medusa(tiny)}, [batch])
+    assert token_ids(result) == token_ids(plain)
+    for left, right in zip(plain["batches"][0], result["batches"][0], strict=True):
+        for a, b in zip(left["logprobs"], right["logprobs"], strict=True):
+            assert [(t, rank) for t, _, rank in a] == [(t, rank) for t, _, rank in b]
+            for (_, x, _), (_, y, _) in zip(a, b, strict=True):
+                assert abs(x - y) < LOGPROB_TOLERANCE
+
+
+def test_counters_count_depth_not_nodes(tiny, run_job, batches):
+    engine = {"model": tiny["model"], **ENGINE, **WIDE, **medusa(tiny, num_speculative_tokens=63)}
+    counters = run_job(engine, batches[:2])["counters"]
+    drafts = counters["vllm:spec_decode_num_drafts"]
+    per_position = counters["vllm:spec_decode_num_accepted_tokens_per_pos"]
+    assert len(per_position) == 3
+    assert sum(per_position) == counters["vllm:spec_decode_num_accepted_tokens"]
+    assert per_position == sorted(per_position, reverse=True)
+    assert counters["vllm:spec_decode_num_draft_tokens"] <= 3 * drafts
