@@ -69,9 +69,7 @@ def run(options: argparse.Namespace) -> None:
     plain = serve_and_ask(plan, lambda url: ask_counting(url, model, questions, options))
 
     total = total_acceptance(drafted)
-    rows = [
-        report.Comparison(*row) for row in zip(questions, medusa, plain, drafted, strict=True)
-    ]
+    rows = [report.Comparison(*row) for row in zip(questions, medusa, plain, drafted, strict=True)]
     report.tables(rows, total)
     record = keep_record(cache, device, eager, rows, total)
     seconds = time.monotonic() - begun

@@ -121,15 +121,10 @@ class Builder:
             if (name != "test" or with_test_tools) and stamp["layers"].get(name) != self.hash(name)
         ]
         if "vllm" in pending and stamp["layers"]:
-            stamp = self.fresh_stamp()  # another vLLM over an old one leaves files behind
-            return self.rebuild(stamp, with_test_tools, begun)
-        return self.install(stamp, pending, begun)
-
-    def rebuild(self, stamp: dict, with_test_tools: bool, begun: float) -> None:
-        """Throw the environment away and install every wanted layer."""
-        shutil.rmtree(self.built.folder, ignore_errors=True)
-        wanted = ["vllm", "tools", "package", *(["test"] if with_test_tools else [])]
-        self.install(stamp, wanted, begun)
+            # Another vLLM over an old one would leave files behind: all layers anew.
+            stamp = self.fresh_stamp()
+            pending = ["vllm", "tools", "package", *(["test"] if with_test_tools else [])]
+        self.install(stamp, pending, begun)
 
     def install(self, stamp: dict, pending: list[str], begun: float) -> None:
         """Install the ``pending`` layers, stamping each when it is complete."""
@@ -230,7 +225,11 @@ class Builder:
         """Make the virtual environment itself."""
         host.check_venv_module()
         print(f"Making the virtual environment {self.built.folder}", flush=True)
-        command = [sys.executable, "-m", "venv", "--clear", str(self.built.folder)]
+        shutil.rmtree(self.built.folder, ignore_errors=True)
+        self.built.folder.mkdir(parents=True, exist_ok=True)
+        # From here on the folder is known as ours, even if it is left half made.
+        self.write_stamp({**self.fresh_stamp(), "in_progress": "create"})
+        command = [sys.executable, "-m", "venv", str(self.built.folder)]
         made = subprocess.run(command, capture_output=True, text=True, check=False)
         if made.returncode:
             lines = (made.stdout + made.stderr).strip().splitlines()
@@ -274,11 +273,11 @@ class Builder:
         return stamp
 
     def refuse_foreign_folder(self) -> None:
-        """Never delete a folder that is neither empty nor a virtual environment."""
+        """Never delete what this module did not make."""
         folder = self.built.folder
-        if any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
+        if any(folder.iterdir()) and not self.stamp_file.exists():
             raise StepError(
-                f"The folder {folder} exists and is not a virtual environment: move it away or "
+                f"The folder {folder} exists and was not made by this command: move it away or "
                 "name another place in VLLM_MEDUSA_VENV."
             )
 

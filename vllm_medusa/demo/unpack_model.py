@@ -79,6 +79,7 @@ def unpack(folder: Path, progress: Progress) -> bool:
         True when the folder was written, False when an earlier one was re-used.
     """
     if is_complete(folder):
+        progress("Already converted", 1, 1)
         return False
     draft = folder.with_name(folder.name + ".partial")
     try:
