@@ -115,12 +115,6 @@ def _assemble(
         return reader.vector(table.biases[head, 0 if tied else layer], found_hidden, out_dtype)
 
     shape = (num_layers, num_heads, *square)
-    metadata: dict[str, Any] = {
-        "base_model_name_or_path": source.config.get("base_model_name_or_path"),
-        "config": source.config,
-    }
-    metadata |= {"tied_layers": True} if tied else {}
-    metadata |= {"dequantised": True} if table.scales else {}
     return HeadWeights(
         spec,
         weight=stack(shape, out_dtype, places, weight),
@@ -130,8 +124,21 @@ def _assemble(
         format=table.letter,
         source_files=_source_files(reader),
         tree_path=source.tree_path,
-        metadata=metadata,
+        metadata=_metadata(reader, tied),
     )
+
+
+def _metadata(reader: HeadReader, tied: bool) -> dict[str, Any]:
+    config = reader.source.config
+    metadata = {
+        "base_model_name_or_path": config.get("base_model_name_or_path"),
+        "config": config,
+    }
+    if tied:
+        metadata["tied_layers"] = True
+    if reader.table.scales:
+        metadata["dequantised"] = True
+    return metadata
 
 
 def _source_files(reader: HeadReader) -> tuple[Path, ...]:

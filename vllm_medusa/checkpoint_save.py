@@ -63,14 +63,7 @@ def save_heads(
     directory = Path(directory)
     if format not in SAVE_FORMATS:
         raise ValueError(f"format: found {format!r}, expected one of {', '.join(SAVE_FORMATS)}")
-    losses = what_would_be_lost(weights, format)
-    if losses:
-        holding = [name for name in SAVE_FORMATS if not what_would_be_lost(weights, name)]
-        raise CheckpointError(
-            directory, None, f"heads with {' and '.join(losses)}",
-            f"heads that format {format} can hold",
-            f"{', '.join(holding)} would hold them" if holding else "no format written here does",
-        )
+    _refuse_losses(weights, format, directory)
     _warn_of_readers(weights.spec, format)
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / SAVE_FORMATS[format]
@@ -130,6 +123,17 @@ def what_would_be_lost(weights: HeadWeights, format: str) -> list[str]:
     if spec.num_layers == 0 and spec.num_lm_heads != spec.num_heads:
         losses.append("no layers (the file would not tell the number of heads)")
     return losses
+
+
+def _refuse_losses(weights: HeadWeights, format: str, directory: Path) -> None:
+    losses = what_would_be_lost(weights, format)
+    if losses:
+        holding = [name for name in SAVE_FORMATS if not what_would_be_lost(weights, name)]
+        raise CheckpointError(
+            directory, None, f"heads with {' and '.join(losses)}",
+            f"heads that format {format} can hold",
+            f"{', '.join(holding)} would hold them" if holding else "no format written here does",
+        )
 
 
 def _warn_of_readers(spec: HeadSpec, format: str) -> None:
