@@ -57,7 +57,7 @@ ALL_SHAPES = [
     for batch in (1, 8, 32)
     for context in (512, 2048, 8192)
 ]
-# The sixteen most telling shapes; most of their time is compilation.
+# The most telling shapes; most of their time is compilation.
 QUICK_SHAPES = [
     shape
     for shape in ALL_SHAPES

@@ -168,56 +168,56 @@ def test_mixed_layouts_and_shared_layers(device):
         assert torch.equal(as_bytes(got), as_bytes(want))
 
 
-def overlap_batch(rng, num_reqs, device, compactor):
-    """One launch of `num_reqs` independent random overlaps."""
-    block_size = rng.choice([16, 32])
+def overlap_batch(seed, num_reqs, device, compactor):
+    """One launch of `num_reqs` independent random overlaps in a cache of distinct words."""
+    generator = torch.Generator().manual_seed(seed)
+    block_size = (16, 32)[seed % 2]
     blocks_each = 64 // block_size + 1
-    cache = torch.arange(num_reqs * blocks_each * block_size * 4, dtype=torch.int32)
+    num_slots = blocks_each * block_size
+    cache = torch.arange(num_reqs * num_slots * 4, dtype=torch.int32)
     cache = cache.view(num_reqs * blocks_each, 1, block_size, 4)
-    blocks = torch.randperm(
-        cache.shape[0], generator=torch.Generator().manual_seed(rng.randrange(2**31))
-    ).view(num_reqs, blocks_each)
-    roots = [rng.randrange(block_size) for _ in range(num_reqs)]
-    masks = [random_path(rng, rng.randint(1, 64)) for _ in range(num_reqs)]
-    keys = torch.arange(blocks_each * block_size)
-    sources = torch.tensor(
-        [expected_slots(root, mask, len(keys)) for root, mask in zip(roots, masks, strict=True)]
+    blocks = torch.randperm(cache.shape[0], generator=generator).view(num_reqs, blocks_each)
+    roots = torch.randint(block_size, (num_reqs,), generator=generator)
+    accepted = torch.rand(num_reqs, 64, generator=generator) < torch.rand(
+        num_reqs, 1, generator=generator
     )
+    accepted[:, 0] = True
+    masks = (accepted.long() << torch.arange(64)).sum(1)
     moved = cache.clone().to(device)
     compactor([moved])(
-        blocks.to(torch.int32).to(device),
-        torch.arange(num_reqs, device=device),
-        torch.tensor(roots, device=device),
-        torch.tensor([signed_word(mask) for mask in masks], device=device),
-        num_reqs=num_reqs,
-    )
+        blocks.to(torch.int32).to(device), torch.arange(num_reqs, device=device),
+        roots.to(device), masks.to(device),
+    )  # fmt: skip
+
+    # The definition: slot root + rank(b) holds what slot root + b held, other slots their own.
+    rows = torch.arange(64).expand(num_reqs, 64)
+    targets = torch.where(accepted, roots[:, None] + accepted.cumsum(1) - 1, num_slots)
+    sources = torch.arange(num_slots + 1).repeat(num_reqs, 1)
+    sources = sources.scatter(1, targets, roots[:, None] + rows)[:, :num_slots]
+    slots = torch.arange(num_slots)
     want = cache.clone()
-    requests = torch.arange(num_reqs)[:, None]
-    want[blocks[:, keys // block_size], 0, keys % block_size] = cache[
-        blocks[requests, sources // block_size], 0, sources % block_size
+    want[blocks[:, slots // block_size], 0, slots % block_size] = cache[
+        blocks.gather(1, sources // block_size), 0, sources % block_size
     ]
     assert torch.equal(moved.cpu(), want)
 
 
 def test_random_overlaps_kernel(device):
-    rng = random.Random(11)
     # The interpreter takes about 10 ms a request, a GPU next to nothing.
     num_reqs = 75 if device.type == "cpu" else 2500
-    for _ in range(8):
-        overlap_batch(rng, num_reqs, device, KVCompactor)
+    for seed in range(8):
+        overlap_batch(seed, num_reqs, device, KVCompactor)
 
 
 def test_random_overlaps_twin():
-    rng = random.Random(12)
-    for _ in range(20):
-        overlap_batch(rng, 1000, torch.device("cpu"), reference.KVCompactor)
+    for seed in range(20):
+        overlap_batch(seed, 1000, torch.device("cpu"), reference.KVCompactor)
 
 
 @pytest.mark.gpu
 def test_a_million_random_overlaps(device):
-    rng = random.Random(13)
-    for _ in range(50):
-        overlap_batch(rng, 20_000, device, KVCompactor)
+    for seed in range(50):
+        overlap_batch(seed, 20_000, device, KVCompactor)
 
 
 @settings(max_examples=40, deadline=None)
