@@ -69,7 +69,12 @@ def row_hashes(seeds: np.ndarray, positions: np.ndarray, domain: int = 0) -> np.
     return hashed
 
 
-def token_hashes(row_hash: np.ndarray, scrambled: np.ndarray) -> np.ndarray:
+def token_hashes(
+    row_hash: np.ndarray,
+    scrambled: np.ndarray,
+    out: np.ndarray | None = None,
+    scratch: np.ndarray | None = None,
+) -> np.ndarray:
     """Finish the hash with the token id.
 
     Parameters
@@ -78,19 +83,28 @@ def token_hashes(row_hash: np.ndarray, scrambled: np.ndarray) -> np.ndarray:
         uint32 of :func:`row_hashes`, any shape that broadcasts with ``scrambled``.
     scrambled : numpy.ndarray
         uint32 entries of :func:`scrambled_token_ids`.
+    out, scratch : numpy.ndarray, optional
+        uint32 of the broadcast shape, overwritten. Without them arrays are allocated,
+        which for a vocabulary takes longer than the arithmetic (fresh pages).
 
     Returns
     -------
     numpy.ndarray
-        uint32, the broadcast shape. Seed 0, position 0, token 0 hash to 0x0AA5D7B0.
+        uint32, the broadcast shape. Seed 0, position 0, token 0 hash to 0x8134CDF8.
     """
-    hashed = _mix(row_hash, scrambled)
+    hashed = np.bitwise_xor(row_hash, scrambled, out=out)
+    shifted = np.left_shift(hashed, np.uint32(13), out=scratch)
+    hashed >>= np.uint32(19)
+    hashed |= shifted
+    hashed *= np.uint32(5)
+    hashed += np.uint32(0xE6546B64)
     hashed ^= _KEY_BYTES
-    hashed ^= hashed >> np.uint32(16)
-    hashed *= np.uint32(0x85EBCA6B)
-    hashed ^= hashed >> np.uint32(13)
-    hashed *= np.uint32(0xC2B2AE35)
-    hashed ^= hashed >> np.uint32(16)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        np.right_shift(hashed, np.uint32(shift), out=shifted)
+        hashed ^= shifted
+        hashed *= np.uint32(factor)
+    np.right_shift(hashed, np.uint32(16), out=shifted)
+    hashed ^= shifted
     return hashed
 
 

@@ -5,10 +5,12 @@ from typing import Any
 
 from vllm_medusa.cpu_kernels import (
     block_tables,
+    draft_rows,
     logprobs,
     ngram,
     penalties,
     rejection,
+    resampling,
     staged_writes,
     step_inputs,
     step_results,
@@ -71,14 +73,14 @@ _MODULES: dict[str, tuple[Callable[..., Any], ...]] = {
         ngram.ngram_finalize_kernel,
     ),
     f"{_RUNNER}.spec_decode.rejection_sampler": (
-        rejection.gather_draft_sampled_kernel,
-        rejection.flatten_sampled_kernel,
+        draft_rows.gather_draft_sampled_kernel,
+        draft_rows.flatten_sampled_kernel,
     ),
     f"{_RUNNER}.spec_decode.rejection_sampler_utils": (
         rejection.compute_local_logits_stats_kernel,
         rejection.rejection_kernel,
-        rejection.resample_kernel,
-        rejection.insert_resampled_kernel,
+        resampling.resample_kernel,
+        resampling.insert_resampled_kernel,
     ),
     "vllm.v1.worker.utils": (zero_kv_blocks_kernel,),
 }

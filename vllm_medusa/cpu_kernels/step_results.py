@@ -96,8 +96,12 @@ def post_update_kernel(
     last_sampled_tokens_ptr.numpy().reshape(-1)[token_reqs] = tokens
     total_len[reqs[kept]] += num_sampled[kept]
     if output_bin_counts_ptr is not None:
-        # Unbuffered: a token sampled twice by one request counts twice.
-        np.add.at(output_bin_counts_ptr.numpy(), (token_reqs, tokens), 1)
+        counts = output_bin_counts_ptr.numpy()
+        if sampled_tokens_ptr.shape[1] == 1:
+            counts[token_reqs, tokens] += 1
+        else:
+            # Unbuffered and slower: a token sampled twice by one request counts twice.
+            np.add.at(counts, (token_reqs, tokens), 1)
 
 
 def post_update_num_computed_tokens_kernel(
