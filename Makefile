@@ -1,5 +1,5 @@
 # `make demo` and `make test` need a Python 3.11 to 3.14 and nothing installed before.
-# Without make:  python3 vllm_medusa/demo/bootstrap.py demo   (or: test, env)
+# Without make:  python3 vllm_medusa/demo/bootstrap.py demo   (or: test, lint, env)
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && { echo $$p; break; }; done)
@@ -25,7 +25,7 @@ env:
 	@$(BOOTSTRAP) env
 
 lint:
-	@$$($(BOOTSTRAP) env --test | tail -n 1) -m ruff check .
+	@$(BOOTSTRAP) lint $(ARGS)
 
 clean:
 	rm -rf .venv .cache

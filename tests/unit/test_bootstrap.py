@@ -362,7 +362,7 @@ def test_script_without_a_task_says_how_to_use_it():
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("usage: bootstrap.py {demo,test,env}")
+    assert done.stderr.startswith("usage: bootstrap.py {demo,test,lint,env}")
 
 
 def test_inner_commands():
@@ -371,5 +371,7 @@ def test_inner_commands():
     assert demo == ["/v/bin/python", "-P", "-m", "vllm_medusa.demo.demo", "--eager"]
     tests = bootstrap.inner_command("test", [], python, repository)
     assert tests[3:] == ["pytest", "/r/tests", "-m", "not slow and not gpu"]
+    lint = bootstrap.inner_command("lint", [], python, repository)
+    assert lint[3:] == ["ruff", "check", "/r"]
     chosen = bootstrap.inner_command("test", ["-k", "tree"], python, repository)
     assert chosen[3:] == ["pytest", "-k", "tree"]

@@ -2,7 +2,8 @@
 
     python3 vllm_medusa/demo/bootstrap.py demo [options of the demo]
     python3 vllm_medusa/demo/bootstrap.py test [arguments for pytest]
-    python3 vllm_medusa/demo/bootstrap.py env  [--test]
+    python3 vllm_medusa/demo/bootstrap.py lint [arguments for ruff]
+    python3 vllm_medusa/demo/bootstrap.py env
 
 Builds ``.venv`` (see ``environment.py``), then runs the wanted command inside
 it.  This file keeps to syntax that an old Python can parse, so that such a
@@ -20,7 +21,9 @@ NEWEST_PYTHON = (3, 14)
 OTHER_PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.14")
 REEXEC_MARK = "VLLM_MEDUSA_BOOTSTRAPPED_BY"
 
-USAGE = "usage: bootstrap.py {demo,test,env} [arguments passed on]"
+TASKS = ("demo", "test", "lint", "env")
+TASKS_WITH_TEST_TOOLS = ("test", "lint")
+USAGE = "usage: bootstrap.py {demo,test,lint,env} [arguments passed on]"
 
 
 def python_fits(version: tuple) -> bool:
@@ -63,13 +66,15 @@ def inner_command(task: str, arguments: list, python: Path, repository: Path) ->
     inside = [str(python), "-P", "-m"]
     if task == "demo":
         return [*inside, "vllm_medusa.demo.demo", *arguments]
+    if task == "lint":
+        return [*inside, "ruff", "check", *(arguments or [str(repository)])]
     default = [str(repository / "tests"), "-m", "not slow and not gpu"]
     return [*inside, "pytest", *(arguments or default)]
 
 
 def main(argv: list) -> int:
     """Make the environment and replace this process by the wanted command."""
-    if not argv or argv[0] not in ("demo", "test", "env"):
+    if not argv or argv[0] not in TASKS:
         print(USAGE, file=sys.stderr)
         return 2
     try:
@@ -79,9 +84,8 @@ def main(argv: list) -> int:
         import failure
 
     task, arguments = argv[0], argv[1:]
-    with_test_tools = task == "test" or "--test" in arguments
     try:
-        built = environment.prepare(with_test_tools=with_test_tools)
+        built = environment.prepare(with_test_tools=task in TASKS_WITH_TEST_TOOLS)
     except failure.StepError as problem:
         print("\n" + problem.sentence, file=sys.stderr)
         return 1
