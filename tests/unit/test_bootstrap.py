@@ -367,11 +367,22 @@ def test_script_without_a_task_says_how_to_use_it():
 
 def test_inner_commands():
     python, repository = Path("/v/bin/python"), Path("/r")
-    demo = bootstrap.inner_command("demo", ["--eager"], python, repository)
+
+    def commands(task, *arguments):
+        return [c[3:] for c in bootstrap.inner_commands(task, [*arguments], python, repository)]
+
+    (demo,) = bootstrap.inner_commands("demo", ["--eager"], python, repository)
     assert demo == ["/v/bin/python", "-P", "-m", "vllm_medusa.demo.demo", "--eager"]
-    tests = bootstrap.inner_command("test", [], python, repository)
-    assert tests[3:] == ["pytest", "/r/tests", "-m", "not slow and not gpu"]
-    lint = bootstrap.inner_command("lint", [], python, repository)
-    assert lint[3:] == ["ruff", "check", "/r"]
-    chosen = bootstrap.inner_command("test", ["-k", "tree"], python, repository)
-    assert chosen[3:] == ["pytest", "-k", "tree"]
+    quick = ["-m", "not slow and not gpu"]
+    assert commands("test") == [
+        ["pytest", "/r/tests/kernels", *quick],
+        ["pytest", "/r/tests", "--ignore=/r/tests/kernels", *quick],
+    ]
+    assert commands("lint") == [["ruff", "check", "/r"]]
+    assert commands("test", "-k", "tree") == [["pytest", "-k", "tree"]]
+
+
+@pytest.mark.parametrize(("statuses", "worst"), [((0, 0), 0), ((1, 0), 1), ((0, 2), 2)])
+def test_one_failing_part_fails_the_whole(statuses, worst):
+    commands = [[sys.executable, "-S", "-c", f"raise SystemExit({n})"] for n in statuses]
+    assert bootstrap.run_all(commands) == worst
