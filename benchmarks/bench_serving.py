@@ -42,7 +42,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=None)
-    parser.add_argument("--memory", type=float, default=None, help="gpu_memory_utilization")
+    parser.add_argument(
+        "--kv-cache-gb",
+        type=float,
+        default=None,
+        help="KV cache of each side; without it each side profiles the memory that it finds",
+    )
     return parser.parse_args()
 
 
@@ -198,8 +203,8 @@ def main() -> None:
         "seed": args.seed,
         "per_request_spec_decode_metrics": "summary",
     }
-    if args.memory is not None:
-        common["gpu_memory_utilization"] = args.memory
+    if args.kv_cache_gb is not None:
+        common["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 2**30)
     speculative: dict[str, Any] = {"method": "medusa", "model": args.heads}
     if args.tree is not None:
         speculative["tree"] = args.tree
@@ -207,12 +212,15 @@ def main() -> None:
         speculative["num_speculative_tokens"] = args.nodes
     sides: dict[str, EngineProcess] = {}
     try:
-        # One after the other: both profile free memory while they start.
         for name, extra in (("plain", {}), ("medusa", {"speculative_config": speculative})):
             plain_only = {} if extra else {"per_request_spec_decode_metrics": "none"}
             sides[name] = EngineProcess(name, common | extra | plain_only)
-            sides[name].wait_ready()
-            print(f"{name} engine ready", flush=True)
+            if args.kv_cache_gb is None:
+                # One after the other: each profiles free memory while it starts.
+                sides[name].wait_ready()
+        for side in sides.values() if args.kv_cache_gb is not None else ():
+            side.wait_ready()
+        print("both engines ready", flush=True)
         results = [measure(sides, questions, args, level) for level in args.concurrency]
     finally:
         for side in sides.values():

@@ -6,6 +6,7 @@ sleeps in ``recv`` instead of spinning on a core that the other needs.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 import traceback
@@ -116,10 +117,8 @@ class EngineProcess:
 
     def close(self) -> None:
         """End the process."""
-        try:
+        with contextlib.suppress(OSError):
             self._pipe.send(None)
-        except OSError:
-            pass
         self._process.join(30)
         if self._process.is_alive():
             self._process.kill()

@@ -23,7 +23,7 @@ CASES = {
     "widths": {"speculative_config": {"method": "medusa", "model": "HEADS", "tree": [4, 2, 1]}},
     "preset": {
         "speculative_config": {
-            "method": "medusa", "model": "HEADS", "tree": "mc_sim_7b_63",
+            "method": "medusa", "model": "HEADS", "tree": "vicuna_33b_stage1",
             "num_heads": 3, "num_speculative_tokens": 1,
         }
     },
