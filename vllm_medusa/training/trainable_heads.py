@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vllm_medusa.head_weights import HeadWeights
+
 
 class TrainableHeads(nn.Module):
     """K heads of L independent blocks ``x + SiLU(W x + b)`` in front of a shared lm_head.
@@ -32,6 +34,24 @@ class TrainableHeads(nn.Module):
         )
         # [num_layers, num_heads, hidden] float32
         self.bias = nn.Parameter(torch.zeros(num_layers, num_heads, hidden_size, device=device))
+
+    @classmethod
+    def from_weights(
+        cls, weights: HeadWeights, device: torch.device | str = "cpu"
+    ) -> "TrainableHeads":
+        """Heads that hold a loaded checkpoint without output matrices of its own."""
+        spec = weights.spec
+        if spec.own_lm_head or spec.vocab_subset_size is not None:
+            raise ValueError(
+                f"the checkpoint has format {weights.format} with output matrices or a vocabulary "
+                "subset of its own; expected heads that share the base model's lm_head (C2)"
+            )
+        heads = cls(spec.num_heads, spec.num_layers, spec.hidden_size, device)
+        with torch.no_grad():
+            heads.weight.copy_(weights.weight)
+            if weights.bias is not None:
+                heads.bias.copy_(weights.bias)
+        return heads
 
     @property
     def num_layers(self) -> int:
@@ -72,18 +92,3 @@ class TrainableHeads(nn.Module):
                 tensors[f"{name}.weight"] = weight.to("cpu", dtype).contiguous()
                 tensors[f"{name}.bias"] = bias.to("cpu", dtype).contiguous()
         return tensors
-
-    def load_checkpoint_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of :meth:`checkpoint_tensors`; the name sets must agree exactly."""
-        expected = set(self.checkpoint_tensors())
-        if set(tensors) != expected:
-            raise ValueError(
-                f"checkpoint holds {sorted(tensors)}; expected {sorted(expected)} for "
-                f"{self.num_heads} heads of {self.num_layers} layers"
-            )
-        with torch.no_grad():
-            for head in range(self.num_heads):
-                for layer in range(self.num_layers):
-                    name = f"{head}.{layer}.linear"
-                    self.weight[layer, head].copy_(tensors[f"{name}.weight"])
-                    self.bias[layer, head].copy_(tensors[f"{name}.bias"])

@@ -1,0 +1,203 @@
+"""Subcommands of training: distill (own answers), train (heads), calibrate (tree)."""
+
+import argparse
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_medusa.training.config import DistillConfig, TrainConfig
+
+HELD_OUT_FILE = "held_out.safetensors"
+
+
+def _add_fields(parser: argparse.ArgumentParser, config: type) -> None:
+    """One option per field of a settings class, with its default."""
+    hints = typing.get_type_hints(config)
+    group = parser.add_argument_group(config.__name__)
+    for field in dataclasses.fields(config):
+        kind = next(
+            (t for t in typing.get_args(hints[field.name]) if t is not type(None)),
+            hints[field.name],
+        )
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
+            help=f"default {field.default}",
+        )  # fmt: skip
+
+
+def _from_arguments(config: type, arguments: argparse.Namespace) -> Any:
+    return config(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(config)})
+
+
+def add_distill_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``vllm-medusa distill --model M --output FILE``."""
+    parser = subparsers.add_parser(
+        "distill",
+        help="let a chat model write its own training answers",
+        description=(
+            "Generate conversations with vLLM: first turns written by the model itself, from "
+            "files or from templates, answered by the model. Writes token ids and answer mask."
+        ),
+    )
+    parser.add_argument("--model", required=True, help="chat model, folder or hub id")
+    parser.add_argument("--output", required=True, type=Path, help=".safetensors file to write")
+    parser.add_argument("--prompts", nargs="*", default=[], help=".txt or .jsonl prompt files")
+    parser.add_argument(
+        "--exclude", nargs="*", default=[],
+        help="test questions (.txt or .jsonl): prompts that repeat 8 words of them are dropped",
+    )  # fmt: skip
+    parser.add_argument(
+        "--engine-args", type=json.loads, default={}, help="JSON of further vllm.LLM arguments"
+    )
+    _add_fields(parser, DistillConfig)
+    parser.set_defaults(run=run_distill)
+
+
+def add_train_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``vllm-medusa train --model M --data FILES --output DIR``."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train Medusa heads for a frozen base model",
+        description=(
+            "Medusa-1: run the base model once over the answers, train heads on its hidden "
+            "states, write them with a calibrated tree."
+        ),
+    )
+    parser.add_argument("--model", required=True, help="base model, folder or hub id")
+    parser.add_argument("--data", required=True, nargs="+", help="files written by distill")
+    parser.add_argument("--output", required=True, type=Path, help="checkpoint folder to write")
+    parser.add_argument("--held-out", type=int, default=2500, help="answers kept for calibration")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--base-model-name", help="name recorded in config.json; default: --model")
+    _add_tree_arguments(parser)
+    _add_fields(parser, TrainConfig)
+    parser.set_defaults(run=run_train)
+
+
+def add_calibrate_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``vllm-medusa calibrate --model M --heads DIR``."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="measure heads on answers and search their best tree",
+        description="Rank the right tokens under every head and write tree.json beside them.",
+    )
+    parser.add_argument("--model", required=True, help="base model, folder or hub id")
+    parser.add_argument("--heads", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument(
+        "--data", nargs="*", default=[], help=f"answers; default: {HELD_OUT_FILE} of the folder"
+    )
+    _add_tree_arguments(parser)
+    parser.set_defaults(run=run_calibrate)
+
+
+def _add_tree_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-nodes", type=int, default=63, help="tree nodes, default 63")
+    parser.add_argument("--max-rank", type=int, default=16, help="ranks looked at, default 16")
+    parser.add_argument("--device", default=None, help="default: cuda if there is one")
+
+
+def run_distill(arguments: argparse.Namespace) -> None:
+    """Generate and write one conversation file and its settings."""
+    from transformers import AutoTokenizer
+    from vllm import LLM
+
+    from vllm_medusa.training.chat_format import ChatFormat
+    from vllm_medusa.training.generate import Distiller
+    from vllm_medusa.training.prompts import TestQuestionGuard, read_prompt_file, template_prompts
+
+    config = _from_arguments(DistillConfig, arguments)
+    given = [turns for path in arguments.prompts for turns in read_prompt_file(path)]
+    tests = [t for path in arguments.exclude for turns in read_prompt_file(path) for t in turns]
+
+    def prompts() -> Iterator[list[str]]:
+        if given:
+            yield from given
+        else:
+            yield from ([text] for text in template_prompts(config.seed))
+
+    llm = LLM(
+        model=arguments.model, max_model_len=config.max_model_len, seed=config.seed,
+        max_num_seqs=config.max_num_seqs, **arguments.engine_args,
+    )  # fmt: skip
+    chat = ChatFormat(AutoTokenizer.from_pretrained(arguments.model))
+    distiller = Distiller(llm.llm_engine, chat, config, TestQuestionGuard(tests))
+    answers = distiller.run(prompts())
+    answers.save(arguments.output, {"counts": json.dumps(distiller.counts)})
+    config.save(arguments.output.with_suffix(".json"))
+    print(f"{arguments.output}: {len(answers)} answers, {answers.num_answer_tokens} answer tokens")
+
+
+def _load_base(arguments: argparse.Namespace) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    return model.to(device).eval()
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    """Extract hidden states, train, export, calibrate."""
+    from vllm_medusa.provenance import collect_provenance
+    from vllm_medusa.training.conversations import ConversationSet
+    from vllm_medusa.training.export import export_heads
+    from vllm_medusa.training.hidden_states import extract_hidden_states
+    from vllm_medusa.training.trainer import MedusaOneTrainer
+
+    config = _from_arguments(TrainConfig, arguments)
+    answers, held_out = ConversationSet.load(*arguments.data).split(
+        arguments.held_out, config.seed
+    )  # fmt: skip
+    model = _load_base(arguments)
+    lm_head = model.get_output_embeddings().weight.detach()
+    data = extract_hidden_states(model, answers, config.num_heads)
+    if arguments.resume:
+        trainer = MedusaOneTrainer.resume(arguments.output, data, lm_head)
+    else:
+        trainer = MedusaOneTrainer(config, data, lm_head, arguments.output)
+    heads = trainer.train()
+    name = arguments.base_model_name or arguments.model
+    export_heads(heads, arguments.output, lm_head.shape[0], name)
+    held_out.save(arguments.output / HELD_OUT_FILE)
+    record = collect_provenance(
+        config=dataclasses.asdict(trainer.config), steps=trainer.step,
+        seconds=round(trainer.seconds, 1), answers=len(answers),
+        answer_tokens=answers.num_answer_tokens, history=trainer.history,
+    )  # fmt: skip
+    (arguments.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    del data, trainer
+    _calibrate(model, heads, held_out, arguments.output, arguments)
+
+
+def run_calibrate(arguments: argparse.Namespace) -> None:
+    """Write tree.json for heads that exist."""
+    from vllm_medusa.checkpoint import load_heads
+    from vllm_medusa.training.conversations import ConversationSet
+    from vllm_medusa.training.trainable_heads import TrainableHeads
+
+    model = _load_base(arguments)
+    heads = TrainableHeads.from_weights(load_heads(arguments.heads), model.device)
+    data = arguments.data or [arguments.heads / HELD_OUT_FILE]
+    _calibrate(model, heads, ConversationSet.load(*data), arguments.heads, arguments)
+
+
+def _calibrate(
+    model: Any, heads: Any, answers: Any, directory: Path, arguments: argparse.Namespace
+) -> None:
+    from vllm_medusa.training.calibrate import rank_labels, search_tree
+    from vllm_medusa.training.export import export_tree
+    from vllm_medusa.training.hidden_states import extract_hidden_states
+    from vllm_medusa.training.simulate import simulate_budgets
+
+    data = extract_hidden_states(model, answers, heads.num_heads)
+    lm_head = model.get_output_embeddings().weight.detach()
+    ranks = rank_labels(heads, data, lm_head, arguments.max_rank)
+    tree = search_tree(ranks, arguments.num_nodes)
+    export_tree(tree, ranks, directory, f"calibrated on {len(answers)} own answers")
+    for k, row in enumerate(ranks.accuracies(), 1):
+        print(f"head {k}: top-1 {row[0]:.3f}, top-{len(row)} {row.sum():.3f}")
+    for nodes, count in simulate_budgets(ranks.ranks, ranks.offsets, tree.paths).items():
+        print(f"{nodes} nodes: {count.tokens_per_step:.3f} tokens per step")
