@@ -36,10 +36,27 @@ def cache_halves(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+class LayerCache:
+    """A layer's cache as the two ways of fetching blocks need it; made once per layer.
+
+    Parameters
+    ----------
+    kv_cache : torch.Tensor, [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    """
+
+    def __init__(self, kv_cache: torch.Tensor):
+        keys, values = cache_halves(kv_cache)
+        self.source = kv_cache
+        self.num_kv_heads = kv_cache.shape[1]
+        self.flat = kv_cache.view(kv_cache.shape[0], -1)
+        self.keys = keys.permute(1, 2, 0, 3)  # [num_kv_heads, head_size, num_blocks, block_size]
+        self.values = values.transpose(0, 1)  # [num_kv_heads, num_blocks, block_size, head_size]
+
+
 def tree_attention(
     output: torch.Tensor,  # [>= num_tokens, num_heads, head_size]
     query: torch.Tensor,  # [>= num_tokens, num_heads, head_size]
-    kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    cache: LayerCache,
     plan: TreePlan,
     *,
     scale: float,
@@ -52,8 +69,8 @@ def tree_attention(
     ----------
     output, query : torch.Tensor, [>= num_tokens, num_heads, head_size]
         float32, bfloat16 or float16; sums are float32 in each case.
-    kv_cache : torch.Tensor, [num_blocks, num_kv_heads, block_size, 2 * head_size]
-        The layer's cache, this step's rows included.
+    cache : LayerCache
+        The layer's keys and values, this step's rows included.
     plan : TreePlan
     scale : float
         Factor of the products of queries and keys.
@@ -63,36 +80,25 @@ def tree_attention(
         Score of one more key per head, whose value is zero.
     """
     num_heads, head_size = query.shape[1:]
-    num_kv_heads = kv_cache.shape[1]
-    shape = HeadShape(num_kv_heads, num_heads // num_kv_heads, head_size, sinks is not None)
-    key = (shape, kv_cache.dtype)
-    if key not in plan.buffers:
-        plan.buffers[key] = _segment_buffers(plan, shape, kv_cache.dtype)
-    query, output = query[: plan.num_tokens], output[: plan.num_tokens]
+    num_kv_heads = cache.num_kv_heads
+    group = num_heads // num_kv_heads
+    key = (num_kv_heads, group, head_size, sinks is not None, cache.flat.dtype)
+    space = plan.buffers.get(key)
+    if space is None:
+        space = plan.buffers[key] = _segment_buffers(plan, HeadShape(*key[:4]), key[4])
     target = output
     if plan.token_order is not None:
         query = query.index_select(0, plan.token_order)
         target = torch.empty_like(query)
-    caches = _Caches(kv_cache)
-    for segment, buffers in zip(plan.segments, plan.buffers[key], strict=True):
-        rows = slice(segment.first_token, segment.first_token + segment.num_reqs * segment.num_rows)
-        by_row = (segment.num_reqs, segment.num_rows, num_kv_heads, shape.group, head_size)
-        buffers.query_rows.copy_(query[rows].view(by_row))
+    for segment, buffers in zip(plan.segments, space, strict=True):
+        start, num_tokens = segment.first_token, segment.num_reqs * segment.num_rows
+        by_row = (segment.num_reqs, segment.num_rows, num_kv_heads, group, head_size)
+        buffers.query_rows.copy_(query.narrow(0, start, num_tokens).view(by_row))
         for tile, work in zip(segment.tiles, buffers.tiles, strict=True):
-            _tile_attention(tile, work, caches, scale, soft_cap, sinks)
-        target[rows].view(by_row).copy_(buffers.mixed_rows)
+            _tile_attention(tile, work, cache, scale, soft_cap, sinks)
+        target.narrow(0, start, num_tokens).view(by_row).copy_(buffers.mixed_rows)
     if plan.token_order is not None:
-        output.index_copy_(0, plan.token_order, target)
-
-
-class _Caches:
-    """A layer's cache as the two ways of fetching blocks need it."""
-
-    def __init__(self, kv_cache: torch.Tensor):
-        keys, values = cache_halves(kv_cache)
-        self.flat = kv_cache.view(kv_cache.shape[0], -1)
-        self.keys = keys.permute(1, 2, 0, 3)  # [num_kv_heads, head_size, num_blocks, block_size]
-        self.values = values.transpose(0, 1)  # [num_kv_heads, num_blocks, block_size, head_size]
+        output[: plan.num_tokens].index_copy_(0, plan.token_order, target)
 
 
 @dataclass(frozen=True)
@@ -127,16 +133,16 @@ class _SegmentBuffers:
 def _tile_attention(
     tile: TilePlan,
     work: _TileBuffers,
-    caches: _Caches,
+    cache: LayerCache,
     scale: float,
     soft_cap: float,
     sinks: torch.Tensor | None,
 ) -> None:
     if work.gathered is None:
-        work.keys_in.copy_(caches.keys[:, :, tile.blocks])
-        work.values_in.copy_(caches.values[:, tile.blocks])
+        work.keys_in.copy_(cache.keys[:, :, tile.blocks])
+        work.values_in.copy_(cache.values[:, tile.blocks])
     else:
-        torch.index_select(caches.flat, 0, tile.blocks, out=work.gathered)
+        torch.index_select(cache.flat, 0, tile.blocks, out=work.gathered)
         work.keys_in.copy_(work.gathered_keys)
         work.values_in.copy_(work.gathered_values)
     if tile.stale is not None:

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_medusa.cpu_attention import cache_halves, tree_attention
+from vllm_medusa.cpu_attention import LayerCache, cache_halves, tree_attention
 from vllm_medusa.cpu_compaction import CPUKVCompactor
 from vllm_medusa.cpu_tree_plan import TreePlan, plan_trees
 
@@ -205,6 +205,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 f"Medusa on a CPU does not read a quantised KV cache, found "
                 f"kv_cache_dtype={self.kv_cache_dtype!r}; use 'auto'"
             )
+        self.layer_cache: LayerCache | None = None
         if self.attn_type != AttentionType.DECODER:
             raise ValueError(
                 f"Medusa runs decoder-only models on a CPU, found attention type {self.attn_type!r}"
@@ -249,10 +250,12 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 output_scale,
                 output_block_scale,
             )
+        if self.layer_cache is None or self.layer_cache.source is not kv_cache:
+            self.layer_cache = LayerCache(kv_cache)
         tree_attention(
             output.view(-1, self.num_heads, self.head_size),
             query,
-            kv_cache,
+            self.layer_cache,
             meta.trees[self.sliding_window],
             scale=self.scale,
             soft_cap=float(self.logits_soft_cap),
