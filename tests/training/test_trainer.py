@@ -111,19 +111,12 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert trainer.learning_rate(1.0) == pytest.approx(0.0)
 
 
-def test_checkpoint_tensors_round_trip_and_strict_names():
-    heads, copy = TrainableHeads(2, 2, 4), TrainableHeads(2, 2, 4)
-    torch.nn.init.normal_(heads.weight)
-    torch.nn.init.normal_(heads.bias)
-    tensors = heads.checkpoint_tensors(torch.float32)
+def test_checkpoint_names():
+    tensors = TrainableHeads(2, 2, 4).checkpoint_tensors()
     assert set(tensors) == {
         f"{h}.{layer}.linear.{part}" for h in "01" for layer in "01" for part in ("weight", "bias")
     }
-    copy.load_checkpoint_tensors(tensors)
-    assert torch.equal(copy.weight, heads.weight)
-    del tensors["1.1.linear.bias"]
-    with pytest.raises(ValueError, match="for 2 heads of 2 layers"):
-        copy.load_checkpoint_tensors(tensors)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.training.config import DistillConfig, TrainConfig
+from vllm_medusa.training.config import CONFIG_FILE, DistillConfig, TrainConfig
 
 HELD_OUT_FILE = "held_out.safetensors"
 
@@ -70,7 +70,7 @@ def add_train_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--data", required=True, nargs="+", help="files written by distill")
     parser.add_argument("--output", required=True, type=Path, help="checkpoint folder to write")
     parser.add_argument("--held-out", type=int, default=2500, help="answers kept for calibration")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="continue with the folder's settings")
     parser.add_argument("--base-model-name", help="name recorded in config.json; default: --model")
     _add_tree_arguments(parser)
     _add_fields(parser, TrainConfig)
@@ -139,6 +139,22 @@ def _load_base(arguments: argparse.Namespace) -> Any:
     return model.to(device).eval()
 
 
+def _train_config(arguments: argparse.Namespace) -> TrainConfig:
+    """Settings from the options, or for ``--resume`` from the folder; they must not disagree."""
+    given = _from_arguments(TrainConfig, arguments)
+    if not arguments.resume:
+        return given
+    kept = TrainConfig.load(arguments.output / CONFIG_FILE)
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(given, field.name)
+        if value not in (field.default, getattr(kept, field.name)):
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} is {value}, but the run in {arguments.output} "
+                f"began with {getattr(kept, field.name)}; leave the option out to resume"
+            )
+    return kept
+
+
 def run_train(arguments: argparse.Namespace) -> None:
     """Extract hidden states, train, export, calibrate."""
     from vllm_medusa.provenance import collect_provenance
@@ -147,10 +163,9 @@ def run_train(arguments: argparse.Namespace) -> None:
     from vllm_medusa.training.hidden_states import extract_hidden_states
     from vllm_medusa.training.trainer import MedusaOneTrainer
 
-    config = _from_arguments(TrainConfig, arguments)
-    answers, held_out = ConversationSet.load(*arguments.data).split(
-        arguments.held_out, config.seed
-    )  # fmt: skip
+    config = _train_config(arguments)
+    loaded = ConversationSet.load(*arguments.data)
+    answers, held_out = loaded.split(arguments.held_out, config.seed)
     model = _load_base(arguments)
     lm_head = model.get_output_embeddings().weight.detach()
     data = extract_hidden_states(model, answers, config.num_heads)
@@ -197,6 +212,11 @@ def _calibrate(
     ranks = rank_labels(heads, data, lm_head, arguments.max_rank)
     tree = search_tree(ranks, arguments.num_nodes)
     export_tree(tree, ranks, directory, f"calibrated on {len(answers)} own answers")
+    if len(tree.paths) < arguments.num_nodes:
+        print(
+            f"the tree has {len(tree.paths)} nodes instead of {arguments.num_nodes}: no other path "
+            "was ever right; calibrate on more answers or raise --max-rank"
+        )
     for k, row in enumerate(ranks.accuracies(), 1):
         print(f"head {k}: top-1 {row[0]:.3f}, top-{len(row)} {row.sum():.3f}")
     for nodes, count in simulate_budgets(ranks.ranks, ranks.offsets, tree.paths).items():

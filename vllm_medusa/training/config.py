@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+# Name under which a training run keeps its TrainConfig in its output folder.
+CONFIG_FILE = "train_config.json"
+
 _C = TypeVar("_C", bound="_JsonConfig")
 
 

@@ -12,6 +12,10 @@ from vllm_medusa.training.conversations import ConversationSet
 from vllm_medusa.training.progress import progress_bar
 from vllm_medusa.training.prompts import TestQuestionGuard, follow_up
 
+# Dropped turns without a single answer after which a run gives up: a model that cannot play the
+# user would keep it going for ever.
+_HOPELESS_DROPS = 1000
+
 
 @dataclass
 class _Job:
@@ -87,6 +91,11 @@ class Distiller:
         """Keep a quarter more requests queued than run at once; False when nothing is left."""
         wanted = self.config.max_num_seqs * 5 // 4
         missing = self.config.max_conversations - len(self.pairs)
+        if not self.pairs and self.counts["dropped"] >= _HOPELESS_DROPS:
+            raise ValueError(
+                f"{self.counts['dropped']} user turns were dropped and none was kept; expected "
+                "finished, new turns. Lower self_prompt_share and give prompt files"
+            )
         while len(self.jobs) < min(wanted, missing):
             if self.rng.random() < self.config.self_prompt_share:
                 self._ask_user(0, [])

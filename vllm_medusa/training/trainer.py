@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_medusa.training.config import TrainConfig
+from vllm_medusa.training.config import CONFIG_FILE, TrainConfig
 from vllm_medusa.training.hidden_states import HiddenStateSet
 from vllm_medusa.training.loss import medusa_one_loss
 from vllm_medusa.training.progress import progress_bar
 from vllm_medusa.training.trainable_heads import TrainableHeads
 
 _STATE_FILE = "trainer_state.pt"
-_CONFIG_FILE = "train_config.json"
 
 
 class MedusaOneTrainer:
@@ -69,7 +68,7 @@ class MedusaOneTrainer:
         self.output_dir = Path(output_dir) if output_dir is not None else None
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            config.save(self.output_dir / _CONFIG_FILE)
+            config.save(self.output_dir / CONFIG_FILE)
 
     @classmethod
     def resume(
@@ -78,7 +77,7 @@ class MedusaOneTrainer:
         """Continue from the last state in ``output_dir`` with the configuration kept there."""
         output_dir = Path(output_dir)
         trainer = cls(
-            TrainConfig.load(output_dir / _CONFIG_FILE), data, lm_head_weight, output_dir
+            TrainConfig.load(output_dir / CONFIG_FILE), data, lm_head_weight, output_dir
         )
         state = torch.load(
             output_dir / _STATE_FILE, map_location=data.hidden.device, weights_only=True
