@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_medusa.cpu_kernels import murmur3, philox
+from vllm_medusa.cpu_kernels import gumbel, murmur3, philox
 from vllm_medusa.cpu_kernels.num_nans import num_nans_kernel
 from vllm_medusa.cpu_kernels.raw_memory import int32_memory
 from vllm_medusa.cpu_kernels.token_spans import span_offsets
@@ -53,6 +53,41 @@ def test_uniform64_stays_below_one() -> None:
     assert murmur3.uniform64(top, top)[0] < 1.0
     low, high = np.array([5], np.uint32), np.array([9], np.uint32)
     assert murmur3.uniform64(low, high)[0] == ((9 << 32 | 5) >> 11) * 2.0**-53 + 2.0**-54
+
+
+@pytest.mark.parametrize(
+    "logits_of",
+    [
+        pytest.param(lambda x: 3 * x, id="like a language model"),
+        pytest.param(lambda x: 0 * x, id="all equal"),
+        pytest.param(lambda x: np.round(x), id="many ties"),
+        pytest.param(lambda x: 40 * x, id="one token far ahead"),
+        pytest.param(lambda x: x + np.float32(3e4), id="offset that eats precision"),
+        pytest.param(lambda x: np.where(x > 2, x, -np.inf), id="few tokens left"),
+        pytest.param(lambda x: np.full_like(x, -np.inf), id="no token left"),
+    ],
+)
+def test_skipping_hopeless_tokens_changes_nothing(logits_of) -> None:
+    """The sampled token is the argmax over the noise of all tokens."""
+    rng = np.random.default_rng(7)
+    rows, vocab = 60, 3001
+    logits = logits_of(rng.normal(size=(rows, vocab)).astype(np.float32)).astype(np.float32)
+    seeds = rng.integers(-(2**63), 2**63, rows)
+    positions = rng.integers(0, 4096, rows)
+    values, tokens = gumbel.gumbel_argmax(
+        logits,
+        np.ones(rows, np.float32),
+        seeds,
+        positions,
+        apply_temperature=False,
+        use_fp64=False,
+    )
+    hashes = murmur3.row_hashes(seeds, positions)[:, None]
+    noised = logits + gumbel._noise32(
+        murmur3.token_hashes(hashes, murmur3.scrambled_token_ids(vocab))
+    )
+    assert tokens.tolist() == noised.argmax(axis=1).tolist()
+    assert values.tolist() == noised.max(axis=1).tolist()
 
 
 def philox_first_word(key: int, counter: int) -> int:
