@@ -97,6 +97,5 @@ def per_conversation(
     """Step count of each conversation by itself."""
     depths = accepted_depths(ranks, paths)
     return [
-        visited_rows(depths[a:b], np.array([0, b - a]))[1]
-        for a, b in itertools.pairwise(offsets)
+        visited_rows(depths[a:b], np.array([0, b - a]))[1] for a, b in itertools.pairwise(offsets)
     ]

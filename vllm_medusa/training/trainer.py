@@ -76,9 +76,7 @@ class MedusaOneTrainer:
     ) -> "MedusaOneTrainer":
         """Continue from the last state in ``output_dir`` with the configuration kept there."""
         output_dir = Path(output_dir)
-        trainer = cls(
-            TrainConfig.load(output_dir / CONFIG_FILE), data, lm_head_weight, output_dir
-        )
+        trainer = cls(TrainConfig.load(output_dir / CONFIG_FILE), data, lm_head_weight, output_dir)
         state = torch.load(
             output_dir / _STATE_FILE, map_location=data.hidden.device, weights_only=True
         )
