@@ -227,15 +227,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         meta = attn_metadata
         if not isinstance(meta, TreeCPUAttentionMetadata):
             return super().forward(
-                layer,
-                query,
-                key,
-                value,
-                kv_cache,
-                meta,
-                output,
-                output_scale,
-                output_block_scale,
+                layer, query, key, value, kv_cache, meta, output, output_scale, output_block_scale
             )
         if meta.rest is not None:
             rest = slice(meta.num_tree_tokens, meta.num_actual_tokens)

@@ -135,12 +135,19 @@ def plan_trees(
         for rows, keys, words in zip(num_rows, seq_lens, masks.numpy(), strict=False)
     ]
     order = sorted(range(len(requests)), key=lambda r: requests[r].size)
-    table = block_table.numpy()
+    segments = _segments(requests, order, block_table.numpy(), num_heads * block_size)
+    return TreePlan(int(num_rows.sum()), block_size, segments, _token_order(order, num_rows))
+
+
+def _segments(
+    requests: list[_Request], order: list[int], table: np.ndarray, block_scores: int
+) -> list[Segment]:
+    """Tiles of equal requests; ``block_scores``: scores of one row with one block."""
     segments: list[Segment] = []
     done = token = 0
     while done < len(order):
         first = requests[order[done]]
-        scores = num_heads * first.num_rows * first.num_blocks * block_size
+        scores = first.num_rows * first.num_blocks * block_scores
         limit = done + max(1, MAX_TILE_SCORES // scores)
         members = [r for r in order[done:limit] if requests[r].size == first.size]
         if not segments or segments[-1].num_rows != first.num_rows:
@@ -150,7 +157,7 @@ def plan_trees(
         segments[-1] = segments[-1]._replace(num_reqs=segments[-1].num_reqs + len(members))
         done += len(members)
         token += len(members) * first.num_rows
-    return TreePlan(token, block_size, segments, _token_order(order, num_rows))
+    return segments
 
 
 class _Request(NamedTuple):
