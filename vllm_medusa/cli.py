@@ -16,10 +16,16 @@ from typing import Any
 
 from vllm_medusa import __version__
 from vllm_medusa.cli_heads import add_convert_parser, add_inspect_parser
+from vllm_medusa.training.cli import add_calibrate_parser, add_distill_parser, add_train_parser
 
-# Order of `vllm-medusa --help`. The training subcommands live beside what they call,
-# in vllm_medusa/training/, and are listed here by the same kind of function.
-PARSERS = [add_inspect_parser, add_convert_parser]
+# Order of `vllm-medusa --help`.
+PARSERS = [
+    add_inspect_parser,
+    add_convert_parser,
+    add_distill_parser,
+    add_train_parser,
+    add_calibrate_parser,
+]
 
 # argparse's own status for wrong usage; a bad checkpoint is wrong usage too.
 EXIT_USAGE = 2

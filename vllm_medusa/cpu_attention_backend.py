@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from vllm import _custom_ops as ops
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
@@ -25,6 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm_medusa.cpu_attention import LayerCache, cache_halves, tree_attention
 from vllm_medusa.cpu_compaction import CPUKVCompactor
 from vllm_medusa.cpu_tree_plan import TreePlan, plan_trees
+from vllm_medusa.vllm_seams import cpu_ops
 
 if TYPE_CHECKING:
     from vllm_medusa.tree_batch import TreeBatch
@@ -182,7 +182,7 @@ def _layout_is_known(isa: str, dtype: torch.dtype, block_size: int, head_size: i
     value = key.flip(0)
     halves = cache.view(2, num_heads, 2 * block_size, head_size).chunk(2, dim=2)
     try:
-        ops.cpu_attn_reshape_and_cache(key, value, *halves, torch.arange(num_slots), isa)
+        cpu_ops().cpu_attn_reshape_and_cache(key, value, *halves, torch.arange(num_slots), isa)
     except RuntimeError:
         return False  # not compiled for this machine
     keys, values = cache_halves(cache)

@@ -74,7 +74,7 @@ class TreeVerifier(RejectionSampler):
         num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
         rows = input_batch.logits_indices
         positions = input_batch.positions[rows]
-        tokens = input_batch.input_ids[rows].long()
+        tokens = input_batch.input_ids[rows]
         if invalid_drafts is not None:
             tokens = tokens.masked_fill(invalid_drafts, -1)
 
@@ -83,7 +83,8 @@ class TreeVerifier(RejectionSampler):
             num_logprobs != NO_LOGPROBS and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         )
         drawn, processed = self._draw(logits, input_batch, positions, tokens, keep_processed)
-        out = self._walk(drawn, tokens, positions, input_batch)
+        # vLLM's processors take the ids as they are (int32), the walk as they are drawn.
+        out = self._walk(drawn, tokens.to(drawn.dtype), positions, input_batch)
         logprobs = self._path_logprobs(
             processed if keep_processed else logits, drawn, out.flat_rows, num_logprobs, input_batch
         )

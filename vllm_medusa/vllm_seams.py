@@ -27,6 +27,8 @@ SpecDecodingProm.__init__                       one Prometheus label per draft t
 gpu.model_runner.init_speculator                a name imported by the runner's
                                                 constructor; knows vLLM's methods only
 cpu.model_runner.CPUModelRunner                 CPUWorker.init_device builds it inline
+_custom_ops.cpu_attn_reshape_and_cache          writes known rows, to check at start-up that
+                                                the packed CPU cache is laid out as we read it
 ==============================================  =====================================
 """
 
@@ -295,6 +297,13 @@ def needs_triton_stand_in(vllm_config: Any, is_medusa: Callable[[Any], bool]) ->
     return (
         current_platform.is_cpu() and not HAS_TRITON and is_medusa(vllm_config.speculative_config)
     )
+
+
+def cpu_ops() -> Any:
+    """vLLM's compiled CPU operations."""
+    from vllm import _custom_ops
+
+    return _custom_ops
 
 
 def complete_triton_stand_in() -> None:

@@ -30,6 +30,34 @@ def use_plain_v2(engine: dict) -> None:
     engine["worker_cls"] = "plain_v2_worker.PlainV2CPUWorker"
 
 
+def record_launches() -> dict[str, list]:
+    """From now on note the dtypes of every kernel launch: kernel -> argument -> dtypes."""
+    import torch
+    from vllm.triton_utils.dispatcher import KernelOverride
+
+    seen: dict[str, dict[str, set]] = {}
+    launch = KernelOverride._launch
+
+    def noting(self, *args, **kwargs):
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        for name, value in named.items():
+            if isinstance(value, torch.Tensor):
+                place = seen.setdefault(self.__name__, {}).setdefault(name, set())
+                place.add(str(value.dtype))
+        return launch(self, *args, **kwargs)
+
+    KernelOverride._launch = noting
+    return seen
+
+
+def sampling_params(cls, fields: dict):
+    """JSON turned a logit bias's token ids into strings."""
+    if "logit_bias" in fields:
+        bias = {int(token): value for token, value in fields["logit_bias"].items()}
+        fields = fields | {"logit_bias": bias}
+    return cls(detokenize=False, **fields)
+
+
 def logprob_rows(completion) -> list | None:
     """[[token, logprob, rank], ...] per output position, sorted, or None."""
     if completion.logprobs is None:
@@ -65,11 +93,12 @@ def main() -> None:
         from vllm_medusa.compaction import PathCompactor
 
         PathCompactor.compact = lambda *args, **kwargs: None
+    launches = record_launches() if job.get("record_launches") else {}
     llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
     results = []
     for batch in job["batches"]:
         prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
-        params = [SamplingParams(detokenize=False, **p) for p in batch["sampling"]]
+        params = [sampling_params(SamplingParams, p) for p in batch["sampling"]]
         outputs = llm.generate(prompts, params, use_tqdm=False)
         results.append(
             [
@@ -89,6 +118,10 @@ def main() -> None:
             {
                 "batches": results,
                 "counters": counters(llm),
+                "launches": {
+                    kernel: {name: sorted(dtypes) for name, dtypes in arguments.items()}
+                    for kernel, arguments in launches.items()
+                },
                 "worker": f"{type(worker).__module__}.{type(worker).__name__}",
                 "runner": f"{type(runner).__module__}.{type(runner).__name__}",
                 "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,

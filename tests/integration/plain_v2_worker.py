@@ -11,4 +11,8 @@ class PlainV2CPUWorker(CPUWorker):
     def init_device(self) -> None:
         """Register the fall-backs, start as usual."""
         enable_v2_runner()
+        # Its speculator asks for Triton by name; its two kernels have fall-backs.
+        from vllm.v1.worker.gpu.spec_decode.ngram import speculator
+
+        speculator.HAS_TRITON = True
         super().init_device()

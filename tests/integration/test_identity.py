@@ -138,6 +138,47 @@ def test_requests_that_cannot_branch_still_agree(tiny, run_job):
     assert token_ids(result) == token_ids(plain)
 
 
+ALL_FEATURES = [
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"logit_bias": {"7": 3.0}, "min_tokens": 4, "stop_token_ids": [5]},
+    {"bad_words": []},
+    {"temperature": 0.8, "seed": 1, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"logprobs": 3},
+    {"prompt_logprobs": 2},
+    {"allowed_token_ids": list(range(3, 40))},
+]
+
+
+def test_kernels_get_the_dtypes_of_stock_speculation(tiny, run_job):
+    """vLLM's Triton kernels compile for the dtypes of vLLM's own speculation.
+
+    Fall-backs take any; on a GPU an int64 where vLLM passes int32 fails to compile.
+    """
+    batch = {
+        "prompts": [[5, 6, 7, 5, 6, 7, 5, 6, 7]] * len(ALL_FEATURES),
+        "sampling": [
+            {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **p} for p in ALL_FEATURES
+        ],
+    }
+    # Stock refuses min_p and logit_bias under speculation.
+    stock_sampling = [
+        {k: v for k, v in p.items() if k not in ("min_p", "logit_bias")} for p in batch["sampling"]
+    ]
+    ngram = {"method": "ngram_gpu", "num_speculative_tokens": 4, "prompt_lookup_max": 2}
+    engine = {"model": tiny["model"], **ENGINE, **WIDE}
+    stock = run_job(
+        {**engine, "speculative_config": {**ngram, "prompt_lookup_min": 1}},
+        [{**batch, "sampling": stock_sampling}],
+        plain_v2=True,
+        record_launches=True,
+    )
+    ours = run_job({**engine, **medusa(tiny)}, [batch], record_launches=True)
+    compared = set(stock["launches"]) & set(ours["launches"])
+    assert {"gumbel_sample_kernel", "penalties_kernel", "post_update_kernel"} <= compared
+    for kernel in compared:
+        assert ours["launches"][kernel] == stock["launches"][kernel], kernel
+
+
 # float32 logits of two attention implementations differ by a few ulp of the largest.
 LOGPROB_TOLERANCE = 2e-4
 
