@@ -1,6 +1,6 @@
 """The run behind `make demo`: unpack the model, serve it twice, compare.
 
-    python -m vllm_medusa.demo.demo [--tokens N] [--questions N] [--eager]
+    python -m vllm_medusa.demo.demo [--tokens N] [--questions N] [--eager] [--dtype float32]
 
 Needs the environment that ``bootstrap.py`` makes.
 """
@@ -24,6 +24,7 @@ from vllm_medusa.demo.server import Server, ServerPlan
 
 HEADS = Path(__file__).resolve().parents[1] / "assets" / "smollm2-135m-instruct"
 WARM_UP_TOKENS = 24
+DTYPES = ("bfloat16", "float32")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--heads", type=Path, default=HEADS, help="folder of Medusa heads")
     parser.add_argument("--eager", action="store_true", help="serve without torch.compile")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of both servers")
     options = parser.parse_args(argv)
     if not 1 <= options.questions <= len(QUESTIONS):
         parser.error(f"--questions {options.questions}: expected 1 to {len(QUESTIONS)}")
@@ -62,16 +64,16 @@ def run(options: argparse.Namespace) -> None:
     eager = options.eager or not host.can_compile_extensions()
     questions = QUESTIONS[: options.questions]
     report.step("2/3 vLLM with Medusa heads")
-    plan = ServerPlan("medusa", model, cache, device, heads, eager)
+    plan = ServerPlan("medusa", model, cache, device, heads, eager, options.dtype)
     drafted, medusa = serve_and_ask(plan, lambda url: ask_showing(url, model, questions, options))
     report.step("3/3 The same server without Medusa, same questions")
-    plan = ServerPlan("plain", model, cache, device, None, eager)
+    plan = ServerPlan("plain", model, cache, device, None, eager, options.dtype)
     plain = serve_and_ask(plan, lambda url: ask_counting(url, model, questions, options))
 
     total = total_acceptance(drafted)
     rows = [report.Comparison(*row) for row in zip(questions, medusa, plain, drafted, strict=True)]
     report.tables(rows, total)
-    record = keep_record(cache, device, eager, rows, total)
+    record = keep_record(cache, plan, rows, total)
     seconds = time.monotonic() - begun
     report.console.print(f"Done after {seconds:.0f} s; record in {record}", soft_wrap=True)
 
@@ -128,14 +130,15 @@ def total_acceptance(parts: list[Acceptance]) -> Acceptance:
 
 
 def keep_record(
-    cache: Path, device: str, eager: bool, rows: list[report.Comparison], total: Acceptance
+    cache: Path, plan: ServerPlan, rows: list[report.Comparison], total: Acceptance
 ) -> Path:
     """Write what was measured to ``demo.json`` in the cache folder."""
     record = cache / "demo.json"
     content = {
-        "device": host.nvidia_gpus()[:1] if device == "cuda" else "cpu",
+        "device": host.nvidia_gpus()[:1] if plan.device == "cuda" else "cpu",
         "cores": len(host.usable_cores()),
-        "eager": eager,
+        "eager": plan.eager,
+        "dtype": plan.dtype,
         "tokens_per_step": total.tokens_per_step,
         "acceptance_by_depth": total.rate_by_depth,
         "rows": [asdict(row) for row in rows],

@@ -92,9 +92,9 @@ def tables(rows: Sequence[Comparison], total: Acceptance) -> None:
     different = sum(not row.same_text for row in rows)
     if different:
         console.print(
-            f"{different} of {len(rows)} answers differ in wording. In bf16 two tokens can be "
-            "so close that a pass over several tokens and a pass over one round to different "
-            "sides; from there on both answers are the model's own."
+            f"{different} of {len(rows)} answers differ in wording. In bf16 that happens where two "
+            "tokens are nearly tied: a pass over several tokens rounds a little differently from "
+            "a pass over one. ARGS='--dtype float32' makes such ties rare, to check."
         )
 
 

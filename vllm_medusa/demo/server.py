@@ -48,6 +48,7 @@ class ServerPlan:
     device: str  # "cpu" or "cuda"
     heads: Path | None = None  # Medusa heads; None serves without speculation
     eager: bool = False  # no torch.compile
+    dtype: str = "bfloat16"
 
     @property
     def log_file(self) -> Path:
@@ -60,6 +61,7 @@ class ServerPlan:
         command = [vllm, "serve", str(self.model), "--served-model-name", self.model.name]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "4"]
+        command += ["--dtype", self.dtype]
         if self.device == "cuda":
             # Leave room for whatever else uses this GPU; the model needs 0.3 GB.
             command += ["--gpu-memory-utilization", "0.5"]
