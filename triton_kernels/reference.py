@@ -48,7 +48,9 @@ def tree_walk(
     )  # fmt: skip
     cu = cu_num_logits.tolist()
     limits = accept_limits.tolist()
-    all_sampled, all_drafts, all_parents = sampled.tolist(), draft_tokens.tolist(), parents.tolist()
+    all_sampled, all_drafts = sampled.tolist(), draft_tokens.tolist()
+    # Only the batch's rows: the table has one for every request slot of the server.
+    own_parents = parents[idx_mapping.clamp(min=0).long()].tolist()
     last_column = out_tokens.shape[1] - 1
     for r, idx in enumerate(idx_mapping.tolist()):
         start, num_rows = cu[r], cu[r + 1] - cu[r]
@@ -60,7 +62,7 @@ def tree_walk(
             children = (
                 row
                 for row in range(current + 1, min(num_rows, parents.shape[1]))
-                if all_parents[idx][row] == current and drafts[row] == tokens[current] >= 0
+                if own_parents[r][row] == current and drafts[row] == tokens[current] >= 0
             )
             child = next(children, None)
             if child is None:

@@ -12,10 +12,10 @@ MEDUSA_PREFIX = "medusa:"
 # One 64-bit word holds a row's ancestors, so a tree is the root and 63 nodes.
 MAX_TREE_NODES = 63
 
-# An NVIDIA GPU verifies 64 rows of one request at almost the price of one; two
-# AVX2 cores pay 1.29 plain steps for 17 rows and 2.41 for 65 (SmolLM2-135M,
-# vLLM 0.32 CPU), so the default budget there is where the curve still pays.
-DEFAULT_NODE_BUDGET = {"cuda": MAX_TREE_NODES, "cpu": 12}
+# An NVIDIA GPU verifies 64 rows of one request at almost the price of one. On two AVX2
+# cores (Zen 3, float32, oneDNN) 1 / 5 / 9 / 13 / 17 rows of SmolLM2-135M's products cost
+# 24 / 29 / 37 / 45 / 47 ms, so the best budget there is where that curve is still flat.
+DEFAULT_NODE_BUDGET = {"cuda": MAX_TREE_NODES, "cpu": 8}
 
 # Used when the checkpoint directory brings no tree.json of its own.
 DEFAULT_TREE = "mc_sim_7b_63"

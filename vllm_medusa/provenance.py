@@ -31,7 +31,7 @@ def collect_provenance(**extra: Any) -> dict[str, Any]:
         "git_sha": git_sha(),
         "versions": _versions(),
         "python": platform.python_version(),
-        "processor": platform.machine(),
+        "processor": _processor(),
         "gpus": _gpu_names(),
         **extra,
     }
@@ -64,6 +64,21 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _processor() -> str:
+    """CPU model and number of usable cores."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in _lines(Path("/proc/cpuinfo"))
+        if line.startswith("model name")
+    ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.machine()}, {cores} cores"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def _gpu_names() -> list[str]:

