@@ -6,12 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+# The package loads Triton at the first launch, so a machine without it gets this far.
+from vllm_medusa import triton_kernels as gpu_kernels
 from vllm_medusa.triton_kernels import reference
-
-try:
-    from vllm_medusa import triton_kernels as gpu_kernels
-except ImportError:
-    gpu_kernels = None
 
 
 class WalkOutput(NamedTuple):
