@@ -20,6 +20,23 @@ class WalkOutput(NamedTuple):
     last_rows: torch.Tensor  # [num_reqs] int64
     flat_rows: torch.Tensor  # [num_logits] int64
 
+    @classmethod
+    def empty(
+        cls, num_reqs: int, num_logits: int, num_columns: int, device: torch.device
+    ) -> WalkOutput:
+        """Allocate outputs of ``num_reqs`` walks over ``num_logits`` rows."""
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        return cls(
+            empty(num_reqs, num_columns),
+            empty(num_reqs, dtype=torch.int32),
+            empty(num_reqs),
+            empty(num_reqs),
+            empty(num_logits),
+        )
+
 
 def _implementation(tensor: torch.Tensor):
     return gpu_kernels if tensor.is_cuda else reference
@@ -33,21 +50,9 @@ def tree_walk(
     idx_mapping: torch.Tensor,
     accept_limits: torch.Tensor,
     *,
-    num_columns: int,
+    out: WalkOutput,
 ) -> WalkOutput:
-    """Allocate the outputs of a walk and run it; arguments as in the kernel's launcher."""
-    num_reqs, num_logits = idx_mapping.shape[0], drawn.shape[0]
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=drawn.device)
-
-    out = WalkOutput(
-        empty(num_reqs, num_columns),
-        empty(num_reqs, dtype=torch.int32),
-        empty(num_reqs),
-        empty(num_reqs),
-        empty(num_logits),
-    )
+    """Run a walk into ``out`` and return it; arguments as in the kernel's launcher."""
     _implementation(drawn).tree_walk(
         drawn, draft_tokens, cu_num_logits, parents, idx_mapping, accept_limits, *out
     )

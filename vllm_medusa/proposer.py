@@ -8,24 +8,36 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.tree_batch import TreeBatch
+from vllm_medusa.verification_step import VerificationStep, make_graph_manager
 
 
 class MedusaProposer(DraftModelSpeculator):
     """Drafts a static tree from independent heads (paper section 2.1).
 
     A ``DraftModelSpeculator`` so that vLLM loads, reloads and wakes the heads with
-    the target; it has no attention layers, no KV cache and no graphs of its own.
+    the target; it has no attention layers and no KV cache of its own.
+
+    Attributes
+    ----------
+    verification_step : VerificationStep
+        Set by the runner; recorded when vLLM captures this speculator's graphs.
+    step_graphs : CudaGraphManager or None
+        Its graphs.  Here because vLLM looks for a speculator's graph managers when it
+        throws away the captures that only measured memory.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, tree_batch: TreeBatch):
         super().__init__(vllm_config, device)
         self.tree_batch = tree_batch
+        self.verification_step: VerificationStep | None = None
+        self.step_graphs: CudaGraphManager | None = None
         tree = tree_batch.tree
         self.num_heads = tree.max_depth
         self.num_top = tree.max_rank + 1
@@ -55,10 +67,15 @@ class MedusaProposer(DraftModelSpeculator):
         return heads
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Heads run eagerly: three launches, shapes that follow the batch."""
+        """Prepare graphs of the step that ends in the drafts."""
+        self.step_graphs = make_graph_manager(
+            self.vllm_config, self.device, cudagraph_mode, self.tree_batch.num_rows
+        )
 
     def capture(self) -> None:
-        """Nothing to capture."""
+        """Record them."""
+        if self.step_graphs is not None and self.verification_step is not None:
+            self.verification_step.capture(self.step_graphs)
 
     def propose(
         self,
@@ -76,12 +93,19 @@ class MedusaProposer(DraftModelSpeculator):
         torch.Tensor, [num_reqs, num_nodes] int64
             Node order; rows of requests still in prefill are never verified.
         """
+        if self.tree_batch.drafts is not None:
+            return self.tree_batch.drafts
         last_rows = self.tree_batch.last_rows
         if last_rows is None:
             token_rows = input_batch.logits_indices
         else:
             token_rows = input_batch.logits_indices[last_rows]
-        top_tokens = self.model.top_tokens(
-            last_hidden_states[token_rows], self.num_top, self.compute_base_logits
-        )
+        return self.draft(last_hidden_states[token_rows])
+
+    def draft(
+        self,
+        hidden: torch.Tensor,  # [num_reqs, hidden_size], last accepted rows
+    ) -> torch.Tensor:
+        """Fill every request's tree from its heads' best tokens, [num_reqs, num_nodes] int64."""
+        top_tokens = self.model.top_tokens(hidden, self.num_top, self.compute_base_logits)
         return top_tokens.flatten(1)[:, self.node_columns]

@@ -12,11 +12,13 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_medusa import vllm_seams
 from vllm_medusa.compaction import PathCompactor
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.tree_batch import TreeBatch
+from vllm_medusa.verification_step import VerificationStep, needs_only_temperature
 from vllm_medusa.verifier import TreeVerifier, accept_limit
 
 
@@ -27,6 +29,7 @@ class TreeRunnerMixin:
         tree = vllm_config.speculative_config.token_tree
         self.tree_batch = TreeBatch(tree, vllm_config.scheduler_config.max_num_seqs, device)
         self.path_compactor: PathCompactor | None = None
+        self.verification_step: VerificationStep | None = None
 
         def make_proposer(config: Any, target: torch.device, req_states: Any) -> MedusaProposer:
             return MedusaProposer(config, target, self.tree_batch)
@@ -41,6 +44,8 @@ class TreeRunnerMixin:
             self.rejection_sampler = TreeVerifier(
                 self.sampler, self.speculative_config, self.device, self.tree_batch
             )
+            self.verification_step = VerificationStep(self)
+            self.speculator.verification_step = self.verification_step
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         """Allocate the cache, give the builders this runner's trees, find the layers to compact."""
@@ -52,12 +57,18 @@ class TreeRunnerMixin:
         self.path_compactor = PathCompactor.for_runner(self)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """Register requests; remember which may accept drafts at all."""
+        """Register requests; remember which may accept drafts, and which a graph may sample."""
         super().add_requests(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
-            if request.sampling_params is not None:
-                index = self.req_states.req_id_to_index[request.req_id]
-                self.tree_batch.set_accept_limit(index, accept_limit(request.sampling_params))
+            params = request.sampling_params
+            if params is None:
+                continue
+            index = self.req_states.req_id_to_index[request.req_id]
+            self.tree_batch.set_accept_limit(index, accept_limit(params))
+            if self.verification_step is not None:
+                self.verification_step.simple[index] = needs_only_temperature(
+                    self.sampler, index, params
+                )
 
     def prepare_attn(
         self, input_batch: InputBatch
@@ -83,9 +94,24 @@ class TreeRunnerMixin:
             logits = self.model.compute_logits(sample)
             self.rejection_sampler.profile(logits)
 
-    def postprocess_sampled(
+    def sample(
+        self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        """Replay the whole rest of the step where a graph covers it, else sample as vLLM does."""
+        if self.verification_step is not None and grammar_output is None:
+            output = self.verification_step.try_run(hidden_states, input_batch)
+            if output is not None:
+                return output, output.num_sampled, output.num_rejected
+        return super().sample(hidden_states, input_batch, grammar_output)
+
+    def postprocess_sampled(self, *args, **kwargs) -> None:
+        """Advance the requests unless the step's graph has done it."""
+        if self.tree_batch.drafts is None:
+            self.advance(*args, **kwargs)
+
+    def advance(
         self,
-        idx_mapping: torch.Tensor,
+        idx_mapping: torch.Tensor,  # [num_reqs] int64, -1: skip
         sampled_tokens: torch.Tensor,
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,

@@ -39,6 +39,9 @@ class TreeBatch:
         Rows (root + nodes) of each.
     last_rows : torch.Tensor or None, [num_reqs] int64
         Logits row that ends each request's accepted path; None: one row a request.
+    drafts : torch.Tensor or None, [num_reqs, W - 1] int64
+        Next drafts, when the whole step was one graph: requests and KV cache are then
+        already advanced.
     """
 
     def __init__(self, tree: TokenTree, max_num_reqs: int, device: torch.device):
@@ -60,6 +63,7 @@ class TreeBatch:
         self.num_tree_reqs = 0
         self.num_rows_np = np.empty(0, dtype=np.int32)
         self.last_rows: torch.Tensor | None = None
+        self.drafts: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -79,7 +83,7 @@ class TreeBatch:
         vLLM sorts requests with drafts to the front and places a request's rows at
         the end of its query, root first.
         """
-        self.last_rows = None
+        self.last_rows = self.drafts = None
         drafts = input_batch.num_draft_tokens_per_req
         if drafts is None or input_batch.num_draft_tokens == 0:
             self.num_tree_reqs = 0
@@ -104,7 +108,7 @@ class TreeBatch:
 
     def begin_dummy_step(self, input_batch: InputBatch) -> None:
         """Treat a dummy batch of full trees as such, any other as plain."""
-        self.last_rows = None
+        self.last_rows = self.drafts = None
         full = bool((input_batch.num_scheduled_tokens == self.num_rows).all())
         self.num_tree_reqs = input_batch.num_reqs if full and self.num_rows > 1 else 0
         self.num_rows_np = input_batch.num_scheduled_tokens[: self.num_tree_reqs]

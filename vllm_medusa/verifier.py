@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, get_max_chunk_logits
 
-from vllm_medusa.kernels import tree_walk
+from vllm_medusa.kernels import WalkOutput, tree_walk
 from vllm_medusa.tree_batch import TreeBatch
 
 
@@ -170,7 +170,7 @@ class TreeVerifier(RejectionSampler):
             batch.parents,
             slots,
             batch.accept_limits[slots] * ready,
-            num_columns=batch.num_rows,
+            out=WalkOutput.empty(slots.shape[0], drawn.shape[0], batch.num_rows, drawn.device),
         )
         batch.last_rows = out.last_rows
         return out

@@ -3,8 +3,8 @@
     python engine_job.py JOB.json RESULT.json
 
 JOB: {"engine": {LLM arguments}, "plain_v2": bool, "batches": [{"prompts": [[ids]],
-"sampling": [{...}]}], "break": null | "compaction"}.  The result holds token ids,
-logprobs, spec-decode counters and the classes that really ran.
+"sampling": [{...}]}], "break": null | "compaction", "whole_steps": bool}.  The result
+holds token ids, logprobs, spec-decode counters and the classes that really ran.
 """
 
 from __future__ import annotations
@@ -50,6 +50,29 @@ def record_launches() -> dict[str, list]:
     return seen
 
 
+def count_whole_steps(padding: int = 2) -> list[int]:
+    """Take the route of the verification graphs, eagerly and padded like a graph's size."""
+    import torch
+
+    from vllm_medusa.verification_step import VerificationStep
+
+    sizes = []
+
+    def find(self, hidden_states, input_batch):
+        if not self._covers(input_batch):
+            return None
+        most = min(self.runner.max_num_reqs, self.runner.max_num_tokens // self.num_rows)
+        size = min(input_batch.num_reqs + padding, most)
+        width = hidden_states.shape[1]
+        zeros = hidden_states.new_zeros(size * self.num_rows - hidden_states.shape[0], width)
+        padded = torch.cat([hidden_states, zeros])
+        sizes.append(size)
+        return size, lambda: self.compute(padded, size)
+
+    VerificationStep._find = find
+    return sizes
+
+
 def sampling_params(cls, fields: dict):
     """JSON turned a logit bias's token ids into strings."""
     if "logit_bias" in fields:
@@ -93,6 +116,7 @@ def main() -> None:
         from vllm_medusa.compaction import PathCompactor
 
         PathCompactor.compact = lambda *args, **kwargs: None
+    whole_steps = count_whole_steps() if job.get("whole_steps") else []
     launches = record_launches() if job.get("record_launches") else {}
     llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
     results = []
@@ -122,6 +146,7 @@ def main() -> None:
                     kernel: {name: sorted(dtypes) for name, dtypes in arguments.items()}
                     for kernel, arguments in launches.items()
                 },
+                "whole_steps": len(whole_steps),
                 "worker": f"{type(worker).__module__}.{type(worker).__name__}",
                 "runner": f"{type(runner).__module__}.{type(runner).__name__}",
                 "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,

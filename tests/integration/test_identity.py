@@ -99,6 +99,17 @@ def test_seeded_sampling_equals_stock_v2_runner(tiny, run_job, seeded_batches, p
     assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
+@pytest.mark.parametrize("limits", [WIDE, TIGHT], ids=["wide", "tight"])
+def test_step_of_the_verification_graphs_equals_stock(
+    tiny, run_job, batches, plain, seeded_batches, plain_v2, limits
+):
+    """What a GPU replays after the forward pass, padded requests included."""
+    engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, num_speculative_tokens=63)}
+    result = run_job(engine, batches[:3] + seeded_batches[:2], whole_steps=True)
+    assert token_ids(result) == token_ids(plain)[:3] + token_ids(plain_v2)[:2]
+    assert result["whole_steps"] > 50
+
+
 def test_comparison_sees_a_missing_compaction(tiny, run_job, batches, plain):
     engine = {"model": tiny["model"], **ENGINE, **WIDE, **medusa(tiny, num_speculative_tokens=63)}
     broken = run_job(engine, batches[:2], **{"break": "compaction"})

@@ -1,0 +1,259 @@
+"""Everything after the forward pass of a pure verification batch, as one CUDA graph.
+
+At batch 1 the GPU needs about 0.3 ms for it, but some 60 launches from Python took 2.5 ms
+on an H100's host; replaying them costs the host about 20 us.  Batches that the graph
+does not cover (prefill, logprobs, logits processors, cut trees) run launch by launch
+through vLLM's own ``sample`` / ``postprocess_sampled`` / ``propose``, with equal results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from vllm_medusa.kernels import WalkOutput, tree_walk
+
+# logit bias (with allowed tokens and min_tokens), penalties, bad words: vLLM's own.
+NUM_STOCK_PROCESSORS = 3
+
+
+def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> bool:
+    """Whether the sampling kernel alone turns a request's logits into its token.
+
+    Parameters
+    ----------
+    sampler : vllm.v1.worker.gpu.sample.sampler.Sampler
+        Knows the request already.
+    index : int
+        Request slot.
+    params : vllm.SamplingParams
+    """
+    if params.logprobs is not None or params.prompt_logprobs is not None:
+        return False
+    if getattr(params, "logprob_token_ids", None) is not None:
+        return False
+    if not sampler.needs_logits_processing[index]:
+        return True
+    states = sampler.sampling_states
+    return (
+        len(sampler.logits_processors) == NUM_STOCK_PROCESSORS
+        and states.top_k.np[index] == states.vocab_size
+        and states.top_p.np[index] == 1.0
+        and states.min_p.np[index] == 0.0
+        and not params.logit_bias
+        and not params.allowed_token_ids
+        and not params.bad_words
+        and params.min_tokens == 0
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == 0.0
+        and params.frequency_penalty == 0.0
+        and getattr(params, "thinking_token_budget", None) is None
+    )
+
+
+def make_graph_manager(
+    vllm_config: Any, device: torch.device, mode: CUDAGraphMode, num_rows: int
+) -> CudaGraphManager | None:
+    """Graphs for the batch sizes at which vLLM captures verification, or None.
+
+    None where the forward pass is not one graph either, and with LoRA, whose lm_head
+    reads per-step adapter indices.
+    """
+    if mode.decode_mode() != CUDAGraphMode.FULL or vllm_config.lora_config is not None:
+        return None
+    return CudaGraphManager(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, num_rows)
+
+
+class VerificationStep:
+    """lm_head, draw, walk, request state, KV move and next drafts of R full trees.
+
+    Parameters
+    ----------
+    runner : TreeRunnerMixin
+        Whose model, sampler, buffers and proposer the step works on.
+
+    Attributes
+    ----------
+    simple : numpy.ndarray, [max_num_reqs] bool
+        Requests that :func:`needs_only_temperature`.
+    """
+
+    def __init__(self, runner: Any):
+        self.runner = runner
+        self.tree_batch = runner.tree_batch
+        self.num_rows = self.tree_batch.num_rows
+        max_num_reqs, device = runner.max_num_reqs, runner.device
+        self.simple = np.zeros(max_num_reqs, dtype=bool)
+        self.hidden_states: torch.Tensor | None = None
+        # Batch row -> request slot; negative rows are the padding of a graph's size.
+        self.slots = torch.full((max_num_reqs,), -1, dtype=torch.int64, device=device)
+        self.cu_rows = torch.arange(
+            0, (max_num_reqs + 1) * self.num_rows, self.num_rows, dtype=torch.int32, device=device
+        )
+        # Tokens [R, W] int64, then num_sampled and num_rejected [2, R] int32, so that one
+        # clone takes a step's output out of the graph's reach.
+        self.output = torch.zeros(
+            max_num_reqs * (self.num_rows + 1), dtype=torch.int64, device=device
+        )
+        self.drafts = torch.zeros(max_num_reqs, self.num_rows - 1, dtype=torch.int64, device=device)
+
+    def try_run(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput | None:
+        """Verify, advance the requests and draft, if a graph covers this batch.
+
+        Returns
+        -------
+        SamplerOutput or None
+            None: nothing was done.  Otherwise ``tree_batch.drafts`` holds the next
+            drafts, and requests and KV cache are already advanced.
+        """
+        found = self._find(hidden_states, input_batch)
+        if found is None:
+            return None
+        padded_reqs, replay = found
+        num_reqs = input_batch.num_reqs
+        self.slots[:num_reqs].copy_(input_batch.idx_mapping)
+        if num_reqs < padded_reqs:
+            self.slots[num_reqs:padded_reqs].fill_(-1)
+        replay()
+        self.tree_batch.drafts = self.drafts[:num_reqs]
+        # The next replay overwrites the output while vLLM may still copy it to the host.
+        tokens, counts = self._views(self.output.clone(), padded_reqs)
+        return SamplerOutput(
+            sampled_token_ids=tokens[:num_reqs],
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=counts[0, :num_reqs],
+            num_rejected=counts[1, :num_reqs],
+            sampling_mask_tensors=None,
+        )
+
+    def _covers(self, input_batch: InputBatch) -> bool:
+        """Whether every request of the batch verifies a full tree and needs no processor."""
+        return (
+            input_batch.num_draft_tokens == input_batch.num_reqs * (self.num_rows - 1)
+            and input_batch.num_tokens == input_batch.num_reqs * self.num_rows
+            and bool(self.simple[input_batch.idx_mapping_np].all())
+        )
+
+    def _find(
+        self, hidden_states: torch.Tensor, input_batch: InputBatch
+    ) -> tuple[int, Callable[[], None]] | None:
+        """Padded size and replay of the graph for this batch."""
+        manager = self.runner.speculator.step_graphs
+        # Only a replayed forward pass leaves its output where the graph reads it.
+        static = self.hidden_states
+        if (
+            manager is None
+            or static is None
+            or hidden_states.data_ptr() != static.data_ptr()
+            or not self._covers(input_batch)
+        ):
+            return None
+        rows = self.num_rows
+        desc = manager.dispatch(input_batch.num_reqs, input_batch.num_reqs * rows, rows, 0)
+        if desc.cg_mode != CUDAGraphMode.FULL:
+            return None
+        return desc.num_reqs, lambda: manager.run_fullgraph(desc)
+
+    def capture(self, manager: CudaGraphManager) -> None:
+        """Record the step for every size of ``manager``; all rows are padding meanwhile."""
+        runner, sampler = self.runner, self.runner.sampler
+        if sampler.compute_nans or sampler.trace_replay_state is not None or runner.batch_sharder:
+            return
+        self.hidden_states = runner.cudagraph_manager.hidden_states
+        if self.hidden_states is None:
+            return
+        self.slots.fill_(-1)
+
+        def create(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            return lambda mode: self.compute(self.hidden_states, desc.num_reqs)
+
+        manager.capture(create, progress_bar_desc="Capturing Medusa verification graphs")
+
+    def compute(self, hidden_states: torch.Tensor, num_reqs: int) -> None:
+        """The step itself for the first ``num_reqs`` of ``slots``; reads device memory only.
+
+        Parameters
+        ----------
+        hidden_states : torch.Tensor
+            [>= num_reqs * W, hidden_size] output of the forward pass.
+        num_reqs : int
+            Requests, padding included.
+        """
+        runner, rows = self.runner, self.num_rows
+        hidden_states = hidden_states[: num_reqs * rows]
+        slots, cu_rows = self.slots[:num_reqs], self.cu_rows[: num_reqs + 1]
+        tokens, counts = self._views(self.output, num_reqs)
+        logits = runner.model.compute_logits(hidden_states)
+        walk = self._draw_and_walk(logits, slots, cu_rows, tokens, counts)
+        _, num_rejected = get_num_sampled_and_rejected(
+            counts[0],
+            runner.input_buffers.seq_lens[:num_reqs],
+            cu_rows,
+            slots.clamp(min=0),
+            runner.req_states.prefill_len.gpu,
+        )
+        counts[1].copy_(num_rejected)
+        runner.advance(
+            slots,
+            tokens,
+            counts[0],
+            counts[1],
+            runner.input_buffers.query_start_loc[: num_reqs + 1],
+        )
+        drafts = runner.speculator.draft(hidden_states[walk.last_rows])
+        self.drafts[:num_reqs].copy_(drafts)
+
+    def _draw_and_walk(
+        self,
+        logits: torch.Tensor,  # [R * W, vocab_size]
+        slots: torch.Tensor,
+        cu_rows: torch.Tensor,
+        tokens: torch.Tensor,  # out [R, W] int64
+        counts: torch.Tensor,  # out [2, R] int32
+    ) -> WalkOutput:
+        runner, batch, rows = self.runner, self.tree_batch, self.num_rows
+        num_reqs, num_logits = slots.shape[0], logits.shape[0]
+        states = runner.sampler.sampling_states
+        positions = runner.input_buffers.positions[:num_logits]
+        drawn = gumbel_sample(
+            logits,
+            slots[:, None].expand(-1, rows).reshape(-1),
+            states.temperature.gpu,
+            states.seeds.gpu,
+            positions,
+            # Divides as vLLM's temperature kernel does, without a float32 copy of the logits.
+            apply_temperature=True,
+            is_drafting=False,
+            use_fp64=runner.sampler.use_fp64_gumbel,
+        )
+        real = slots.clamp(min=0)
+        ready = positions.view(num_reqs, rows)[:, 0] >= runner.req_states.prefill_len.gpu[real]
+        empty = torch.empty(
+            num_reqs + num_reqs + num_logits, dtype=torch.int64, device=slots.device
+        )
+        masks, last_rows, flat_rows = empty.split((num_reqs, num_reqs, num_logits))
+        return tree_walk(
+            drawn,
+            runner.input_buffers.input_ids[:num_logits].to(drawn.dtype),
+            cu_rows,
+            batch.parents,
+            slots,
+            batch.accept_limits[real] * ready,
+            out=WalkOutput(tokens, counts[0], masks, last_rows, flat_rows),
+        )
+
+    def _views(self, output: torch.Tensor, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [R, W] int64 and counts [2, R] int32 inside an output buffer."""
+        end = num_reqs * self.num_rows
+        counts = output[end : end + num_reqs].view(torch.int32).view(2, num_reqs)
+        return output[:end].view(num_reqs, self.num_rows), counts
