@@ -81,12 +81,12 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> FlashAttentionMetadata | TreeAttentionMetadata:
-        """A uniform batch of full trees is captured on the tree kernel, any other on FA."""
+        """A uniform batch of whole or cut trees is captured on the tree kernel, any other on FA."""
         common = common_attn_metadata
         if (
             self.tree_batch is not None
-            and common.max_query_len == self.tree_batch.num_rows
-            and common.num_actual_tokens == common.num_reqs * self.tree_batch.num_rows
+            and self.tree_batch.is_tree(common.max_query_len)
+            and common.num_actual_tokens == common.num_reqs * common.max_query_len
         ):
             return self._build_split(common, common.num_reqs)
         return super().build(0, common)

@@ -17,6 +17,11 @@ MAX_TREE_NODES = 63
 # 24 / 29 / 37 / 45 / 47 ms, so the best budget there is where that curve is still flat.
 DEFAULT_NODE_BUDGET = {"cuda": MAX_TREE_NODES, "cpu": 8}
 
+# Rows that a step can verify beside reading the weights once: past about 256 an H100's
+# bf16 products cost more than the weights' way through memory (8B shape). Batches share
+# them, so the tree of a request is cut as the batch grows. None: no cut.
+ROW_BUDGET = {"cuda": 256, "cpu": None}
+
 # Used when the checkpoint directory brings no tree.json of its own.
 DEFAULT_TREE = "mc_sim_7b_63"
 
@@ -32,6 +37,9 @@ class MedusaOptions:
     num_speculative_tokens : int or None
         Node budget: at most this many nodes (root not counted) are verified per
         step.  None takes :data:`DEFAULT_NODE_BUDGET` for the device.
+    num_speculative_tokens_per_batch_size : list or None
+        vLLM's own key: ``(first, last, nodes)`` per range of batch sizes.  None takes
+        :func:`default_schedule` for the device.
     tree : str or list or None
         Preset name, path of a tree file, list of widths or list of paths; None
         takes ``tree.json`` beside the heads, else :data:`DEFAULT_TREE`.
@@ -43,6 +51,7 @@ class MedusaOptions:
 
     model: str
     num_speculative_tokens: int | None = None
+    num_speculative_tokens_per_batch_size: list | None = None
     tree: str | list | None = None
     num_heads: int | None = None
     revision: str | None = None
@@ -97,6 +106,37 @@ class MedusaOptions:
                 "\"<directory, .safetensors file or hub id>\""
             )
         return cls(**given)
+
+
+def default_schedule(num_nodes: int, row_budget: int | None) -> list[tuple[int, int, int]] | None:
+    """Nodes per request for ranges of batch sizes, in the form of vLLM's dynamic speculation.
+
+    Parameters
+    ----------
+    num_nodes : int
+        Nodes of the whole tree.
+    row_budget : int or None
+        Rows (root + nodes) that all requests of a step share; None means no limit.
+
+    Returns
+    -------
+    list of (first, last, nodes), or None
+        None when every batch verifies the whole tree.  At least one node is left.
+
+    Examples
+    --------
+    >>> default_schedule(63, 256)[:3]
+    [(1, 4, 63), (5, 8, 31), (9, 16, 15)]
+    """
+    if row_budget is None:
+        return None
+    schedule, first, nodes = [], 1, num_nodes
+    while nodes > 1:
+        last = max(first, row_budget // (nodes + 1))
+        schedule.append((first, last, nodes))
+        # Few distinct widths: each is captured as graphs of its own.
+        first, nodes = last + 1, max(1, (nodes + 1) // 2 - 1)
+    return [*schedule, (first, max(first, row_budget), 1)]
 
 
 def parse_speculative_model(value: str) -> str:

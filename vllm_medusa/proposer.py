@@ -41,6 +41,9 @@ class MedusaProposer(DraftModelSpeculator):
         tree = tree_batch.tree
         self.num_heads = tree.max_depth
         self.num_top = tree.max_rank + 1
+        self.no_drafts = torch.full(
+            (self.max_num_reqs, tree.num_nodes), -1, dtype=torch.int64, device=device
+        )
         # node -> column of the flattened [heads, ranks] top-k table
         self.node_columns = torch.tensor(
             [
@@ -95,6 +98,9 @@ class MedusaProposer(DraftModelSpeculator):
         """
         if self.tree_batch.drafts is not None:
             return self.tree_batch.drafts
+        if kwargs.get("num_speculative_tokens") == 0:
+            # A schedule that ends in 0 nodes: the next batch is plain decoding.
+            return self.no_drafts[: input_batch.num_reqs]
         last_rows = self.tree_batch.last_rows
         if last_rows is None:
             token_rows = input_batch.logits_indices

@@ -26,8 +26,11 @@ class TreeRunnerMixin:
     """Mixed into vLLM's GPU and CPU V2 runners."""
 
     def __init__(self, vllm_config: Any, device: torch.device):
-        tree = vllm_config.speculative_config.token_tree
-        self.tree_batch = TreeBatch(tree, vllm_config.scheduler_config.max_num_seqs, device)
+        config = vllm_config.speculative_config
+        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.tree_batch = TreeBatch(
+            config.token_tree, max_num_reqs, device, config.row_counts(max_num_reqs)
+        )
         self.path_compactor: PathCompactor | None = None
         self.verification_step: VerificationStep | None = None
 

@@ -9,9 +9,20 @@ from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.spec_decode.dynamic.utils import (
+    build_dynamic_sd_schedule_lookup,
+    validate_and_normalize_dynamic_sd_schedule,
+)
 
 from vllm_medusa.checkpoint import load_heads
-from vllm_medusa.config import DEFAULT_NODE_BUDGET, DEFAULT_TREE, MEDUSA_METHOD, MedusaOptions
+from vllm_medusa.config import (
+    DEFAULT_NODE_BUDGET,
+    DEFAULT_TREE,
+    MEDUSA_METHOD,
+    ROW_BUDGET,
+    MedusaOptions,
+    default_schedule,
+)
 from vllm_medusa.tree import TokenTree
 
 logger = init_logger(f"vllm.{__name__}")
@@ -43,6 +54,15 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     def token_tree(self) -> TokenTree:
         """The tree as an object (rebuilt on access; configs travel between processes)."""
         return TokenTree.from_paths(self.tree_paths)
+
+    def row_counts(self, max_num_seqs: int) -> tuple[int, ...]:
+        """Rows (root + nodes) that a decode query can have at any batch size, ascending."""
+        if self.num_speculative_tokens_per_batch_size is None:
+            return (1 + self.num_speculative_tokens,)
+        nodes = build_dynamic_sd_schedule_lookup(
+            self.num_speculative_tokens_per_batch_size, max_num_seqs, self.num_speculative_tokens
+        )
+        return tuple(sorted({1 + n for n in nodes[1:]}))
 
     def __repr__(self) -> str:
         method, model = self.method, self.model
@@ -82,6 +102,26 @@ def choose_tree(options: MedusaOptions, num_heads: int, tree_file: Path | None) 
     if budget is None:
         budget = DEFAULT_NODE_BUDGET.get(current_platform.device_type, DEFAULT_NODE_BUDGET["cuda"])
     return tree.cut(min(budget, tree.num_nodes))
+
+
+def choose_schedule(options: MedusaOptions, tree: TokenTree) -> list[tuple[int, int, int]] | None:
+    """Nodes per batch size: asked for, else what the device's row budget allows.
+
+    Raises
+    ------
+    ValueError
+        When vLLM cannot read the schedule asked for.
+    """
+    asked = options.num_speculative_tokens_per_batch_size
+    if asked is not None:
+        try:
+            return validate_and_normalize_dynamic_sd_schedule(asked)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"medusa: num_speculative_tokens_per_batch_size={asked!r}: {error}"
+            ) from None
+    budget = ROW_BUDGET.get(current_platform.device_type, ROW_BUDGET["cuda"])
+    return default_schedule(tree.num_nodes, budget)
 
 
 def create_medusa_config(
@@ -124,6 +164,7 @@ def create_medusa_config(
         model=options.location,
         num_speculative_tokens=tree.num_nodes,
         tree_paths=tree.paths,
+        num_speculative_tokens_per_batch_size=choose_schedule(options, tree),
         num_medusa_heads=tree.max_depth,
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,

@@ -29,6 +29,8 @@ class TreeBatch:
         Row -> parent row (-1 at the root), row -> depth; W = nodes + 1.
     masks : torch.Tensor, [max_num_reqs, W] int64
         Bit j of row i: row j is row i or one of its ancestors.
+    row_counts : tuple of int
+        Rows that uniform decode batches have: W, and what the schedule cuts it to.
     accept_limits : torch.Tensor, [max_num_reqs] int32
         Most nodes a request may accept; 0 makes speculation a no-op for it.
     step_masks : torch.Tensor, [max_num_reqs, W] int64
@@ -44,9 +46,16 @@ class TreeBatch:
         already advanced.
     """
 
-    def __init__(self, tree: TokenTree, max_num_reqs: int, device: torch.device):
+    def __init__(
+        self,
+        tree: TokenTree,
+        max_num_reqs: int,
+        device: torch.device,
+        row_counts: tuple[int, ...] = (),
+    ):
         self.tree = tree
         self.device = device
+        self.row_counts = row_counts or (tree.num_rows,)
 
         def table(row: list[int] | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             one = torch.tensor(row, dtype=dtype, device=device)
@@ -69,6 +78,10 @@ class TreeBatch:
     def num_rows(self) -> int:
         """W: rows of the largest tree, root included."""
         return self.tree.num_rows
+
+    def is_tree(self, num_rows: int) -> bool:
+        """Whether uniform decode queries of this length are trees with at least one node."""
+        return num_rows > 1 and num_rows in self.row_counts
 
     def set_accept_limit(self, index: int, limit: int | None) -> None:
         """Limit the request in slot ``index``; writes to the device only on a change."""
@@ -107,8 +120,9 @@ class TreeBatch:
         )
 
     def begin_dummy_step(self, input_batch: InputBatch) -> None:
-        """Treat a dummy batch of full trees as such, any other as plain."""
+        """Treat a dummy batch of whole or cut trees as such, any other as plain."""
         self.last_rows = self.drafts = None
-        full = bool((input_batch.num_scheduled_tokens == self.num_rows).all())
-        self.num_tree_reqs = input_batch.num_reqs if full and self.num_rows > 1 else 0
+        rows = int(input_batch.num_scheduled_tokens[0])
+        uniform = bool((input_batch.num_scheduled_tokens == rows).all())
+        self.num_tree_reqs = input_batch.num_reqs if uniform and self.is_tree(rows) else 0
         self.num_rows_np = input_batch.num_scheduled_tokens[: self.num_tree_reqs]

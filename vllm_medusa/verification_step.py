@@ -74,7 +74,7 @@ def make_graph_manager(
 
 
 class VerificationStep:
-    """lm_head, draw, walk, request state, KV move and next drafts of R full trees.
+    """lm_head, draw, walk, request state, KV move and next drafts of R trees of equal size.
 
     Parameters
     ----------
@@ -90,21 +90,20 @@ class VerificationStep:
     def __init__(self, runner: Any):
         self.runner = runner
         self.tree_batch = runner.tree_batch
-        self.num_rows = self.tree_batch.num_rows
+        self.width = self.tree_batch.num_rows
         max_num_reqs, device = runner.max_num_reqs, runner.device
         self.simple = np.zeros(max_num_reqs, dtype=bool)
         self.hidden_states: torch.Tensor | None = None
         # Batch row -> request slot; negative rows are the padding of a graph's size.
         self.slots = torch.full((max_num_reqs,), -1, dtype=torch.int64, device=device)
-        self.cu_rows = torch.arange(
-            0, (max_num_reqs + 1) * self.num_rows, self.num_rows, dtype=torch.int32, device=device
-        )
+        self.cu_rows = {
+            rows: torch.arange(0, (max_num_reqs + 1) * rows, rows, dtype=torch.int32, device=device)
+            for rows in self.tree_batch.row_counts
+        }
         # Tokens [R, W] int64, then num_sampled and num_rejected [2, R] int32, so that one
         # clone takes a step's output out of the graph's reach.
-        self.output = torch.zeros(
-            max_num_reqs * (self.num_rows + 1), dtype=torch.int64, device=device
-        )
-        self.drafts = torch.zeros(max_num_reqs, self.num_rows - 1, dtype=torch.int64, device=device)
+        self.output = torch.zeros(max_num_reqs * (self.width + 1), dtype=torch.int64, device=device)
+        self.drafts = torch.zeros(max_num_reqs, self.width - 1, dtype=torch.int64, device=device)
 
     def try_run(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput | None:
         """Verify, advance the requests and draft, if a graph covers this batch.
@@ -136,13 +135,19 @@ class VerificationStep:
             sampling_mask_tensors=None,
         )
 
-    def _covers(self, input_batch: InputBatch) -> bool:
-        """Whether every request of the batch verifies a full tree and needs no processor."""
-        return (
-            input_batch.num_draft_tokens == input_batch.num_reqs * (self.num_rows - 1)
-            and input_batch.num_tokens == input_batch.num_reqs * self.num_rows
+    def _equal_rows(self, input_batch: InputBatch) -> int | None:
+        """Rows of every request, if all verify trees of one size and none needs a processor."""
+        drafts = input_batch.num_draft_tokens_per_req
+        if drafts is None or input_batch.num_draft_tokens == 0:
+            return None
+        rows = int(drafts[0]) + 1
+        covered = (
+            rows in self.cu_rows
+            and input_batch.num_tokens == input_batch.num_reqs * rows
+            and bool((drafts == rows - 1).all())
             and bool(self.simple[input_batch.idx_mapping_np].all())
         )
+        return rows if covered else None
 
     def _find(
         self, hidden_states: torch.Tensor, input_batch: InputBatch
@@ -155,10 +160,9 @@ class VerificationStep:
             manager is None
             or static is None
             or hidden_states.data_ptr() != static.data_ptr()
-            or not self._covers(input_batch)
+            or (rows := self._equal_rows(input_batch)) is None
         ):
             return None
-        rows = self.num_rows
         desc = manager.dispatch(input_batch.num_reqs, input_batch.num_reqs * rows, rows, 0)
         if desc.cg_mode != CUDAGraphMode.FULL:
             return None
@@ -175,23 +179,26 @@ class VerificationStep:
         self.slots.fill_(-1)
 
         def create(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
-            return lambda mode: self.compute(self.hidden_states, desc.num_reqs)
+            rows = desc.num_tokens // desc.num_reqs
+            return lambda mode: self.compute(self.hidden_states, desc.num_reqs, rows)
 
         manager.capture(create, progress_bar_desc="Capturing Medusa verification graphs")
 
-    def compute(self, hidden_states: torch.Tensor, num_reqs: int) -> None:
+    def compute(self, hidden_states: torch.Tensor, num_reqs: int, rows: int) -> None:
         """The step itself for the first ``num_reqs`` of ``slots``; reads device memory only.
 
         Parameters
         ----------
         hidden_states : torch.Tensor
-            [>= num_reqs * W, hidden_size] output of the forward pass.
+            [>= num_reqs * rows, hidden_size] output of the forward pass.
         num_reqs : int
             Requests, padding included.
+        rows : int
+            Rows (root + nodes) of each.
         """
-        runner, rows = self.runner, self.num_rows
+        runner = self.runner
         hidden_states = hidden_states[: num_reqs * rows]
-        slots, cu_rows = self.slots[:num_reqs], self.cu_rows[: num_reqs + 1]
+        slots, cu_rows = self.slots[:num_reqs], self.cu_rows[rows][: num_reqs + 1]
         tokens, counts = self._views(self.output, num_reqs)
         logits = runner.model.compute_logits(hidden_states)
         walk = self._draw_and_walk(logits, slots, cu_rows, tokens, counts)
@@ -215,14 +222,15 @@ class VerificationStep:
 
     def _draw_and_walk(
         self,
-        logits: torch.Tensor,  # [R * W, vocab_size]
+        logits: torch.Tensor,  # [R * rows, vocab_size]
         slots: torch.Tensor,
         cu_rows: torch.Tensor,
         tokens: torch.Tensor,  # out [R, W] int64
         counts: torch.Tensor,  # out [2, R] int32
     ) -> WalkOutput:
-        runner, batch, rows = self.runner, self.tree_batch, self.num_rows
+        runner, batch = self.runner, self.tree_batch
         num_reqs, num_logits = slots.shape[0], logits.shape[0]
+        rows = num_logits // num_reqs
         states = runner.sampler.sampling_states
         positions = runner.input_buffers.positions[:num_logits]
         drawn = gumbel_sample(
@@ -254,6 +262,6 @@ class VerificationStep:
 
     def _views(self, output: torch.Tensor, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [R, W] int64 and counts [2, R] int32 inside an output buffer."""
-        end = num_reqs * self.num_rows
+        end = num_reqs * self.width
         counts = output[end : end + num_reqs].view(torch.int32).view(2, num_reqs)
-        return output[:end].view(num_reqs, self.num_rows), counts
+        return output[:end].view(num_reqs, self.width), counts

@@ -59,15 +59,16 @@ def count_whole_steps(padding: int = 2) -> list[int]:
     sizes = []
 
     def find(self, hidden_states, input_batch):
-        if not self._covers(input_batch):
+        rows = self._equal_rows(input_batch)
+        if rows is None:
             return None
-        most = min(self.runner.max_num_reqs, self.runner.max_num_tokens // self.num_rows)
+        most = min(self.runner.max_num_reqs, self.runner.max_num_tokens // rows)
         size = min(input_batch.num_reqs + padding, most)
         width = hidden_states.shape[1]
-        zeros = hidden_states.new_zeros(size * self.num_rows - hidden_states.shape[0], width)
+        zeros = hidden_states.new_zeros(size * rows - hidden_states.shape[0], width)
         padded = torch.cat([hidden_states, zeros])
         sizes.append(size)
-        return size, lambda: self.compute(padded, size)
+        return size, lambda: self.compute(padded, size, rows)
 
     VerificationStep._find = find
     return sizes

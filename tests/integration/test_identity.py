@@ -21,6 +21,7 @@ TIGHT = {
     "num_gpu_blocks_override": 20,
     "block_size": 32,
 }
+SCHEDULE = [[1, 2, 30], [3, 6, 12], [7, 12, 5], [13, 20, 1], [21, 999, 0]]
 WIDE = {"max_num_seqs": 32, "enable_prefix_caching": True}
 
 
@@ -75,6 +76,7 @@ def plain_v2(tiny, run_job, seeded_batches) -> dict:
         ("wide tree [4, 2, 1]", {"tree": [4, 2, 1]}, TIGHT),
         ("chain", {"tree": [[0], [0, 0], [0, 0, 0]]}, WIDE),
         ("one node", {"tree": [[0]]}, WIDE),
+        ("tree cut by batch size", {"num_speculative_tokens_per_batch_size": SCHEDULE}, WIDE),
     ],
 )
 def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, label, extra, limits):
@@ -99,12 +101,19 @@ def test_seeded_sampling_equals_stock_v2_runner(tiny, run_job, seeded_batches, p
     assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
-@pytest.mark.parametrize("limits", [WIDE, TIGHT], ids=["wide", "tight"])
+@pytest.mark.parametrize(
+    "limits, extra",
+    [
+        (WIDE, {"num_speculative_tokens_per_batch_size": SCHEDULE}),
+        (TIGHT, {"num_speculative_tokens": 63}),
+    ],
+    ids=["cut by batch size", "whole trees, tight"],
+)
 def test_step_of_the_verification_graphs_equals_stock(
-    tiny, run_job, batches, plain, seeded_batches, plain_v2, limits
+    tiny, run_job, batches, plain, seeded_batches, plain_v2, limits, extra
 ):
     """What a GPU replays after the forward pass, padded requests included."""
-    engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, num_speculative_tokens=63)}
+    engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, **extra)}
     result = run_job(engine, batches[:3] + seeded_batches[:2], whole_steps=True)
     assert token_ids(result) == token_ids(plain)[:3] + token_ids(plain_v2)[:2]
     assert result["whole_steps"] > 50

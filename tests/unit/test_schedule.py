@@ -1,0 +1,47 @@
+"""Nodes per batch size: the default schedule and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_medusa.config import MedusaOptions, default_schedule
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 5, 8, 31, 62, 63])
+@pytest.mark.parametrize("row_budget", [1, 64, 200, 256])
+def test_schedule_stays_within_the_row_budget(num_nodes, row_budget):
+    schedule = default_schedule(num_nodes, row_budget)
+    assert schedule[0][0] == 1
+    assert schedule[0][2] == num_nodes
+    for (_, last, nodes), (first, _, fewer) in zip(schedule, schedule[1:], strict=False):
+        assert first == last + 1
+        assert fewer < nodes
+        # A single request verifies its whole tree whatever it costs.
+        assert last * (nodes + 1) <= row_budget or last == first - 1
+    assert schedule[-1][2] == 1
+
+
+def test_no_budget_means_no_schedule():
+    assert default_schedule(63, None) is None
+
+
+def test_schedule_of_the_largest_tree():
+    assert default_schedule(63, 256) == [
+        (1, 4, 63),
+        (5, 8, 31),
+        (9, 16, 15),
+        (17, 32, 7),
+        (33, 64, 3),
+        (65, 256, 1),
+    ]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("schedule", [[], [[2, 4, 3]], [[1, 4]], [[1, 4, -1]], "many"])
+def test_schedule_that_vllm_cannot_read_is_refused(schedule):
+    from vllm_medusa.speculative_config import choose_schedule
+    from vllm_medusa.tree import TokenTree
+
+    options = MedusaOptions(model="heads", num_speculative_tokens_per_batch_size=schedule)
+    with pytest.raises(ValueError, match="num_speculative_tokens_per_batch_size="):
+        choose_schedule(options, TokenTree.from_widths([2, 2]))
