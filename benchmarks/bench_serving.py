@@ -205,6 +205,8 @@ def main() -> None:
     }
     if args.kv_cache_gb is not None:
         common["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 2**30)
+        # Two engines share the GPU; vLLM refuses to start unless this share of it is free.
+        common["gpu_memory_utilization"] = 0.4
     speculative: dict[str, Any] = {"method": "medusa", "model": args.heads}
     if args.tree is not None:
         speculative["tree"] = args.tree

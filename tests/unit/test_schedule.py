@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from vllm_medusa.config import MedusaOptions, default_schedule
@@ -13,7 +15,7 @@ def test_schedule_stays_within_the_row_budget(num_nodes, row_budget):
     schedule = default_schedule(num_nodes, row_budget)
     assert schedule[0][0] == 1
     assert schedule[0][2] == num_nodes
-    for (_, last, nodes), (first, _, fewer) in zip(schedule, schedule[1:], strict=False):
+    for (_, last, nodes), (first, _, fewer) in itertools.pairwise(schedule):
         assert first == last + 1
         assert fewer < nodes
         # A single request verifies its whole tree whatever it costs.
