@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
@@ -124,6 +127,21 @@ def choose_schedule(options: MedusaOptions, tree: TokenTree) -> list[tuple[int, 
     return default_schedule(tree.num_nodes, budget)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch from starting its thread pool in the user's process.
+
+    ``LLM`` forks the engine core from there by default, and a pool of OpenMP threads
+    does not survive a fork: the first parallel operation of the child never ended.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def create_medusa_config(
     speculative_config: dict[str, Any], target_model_config: Any, target_parallel_config: Any
 ) -> MedusaSpeculativeConfig:
@@ -137,12 +155,13 @@ def create_medusa_config(
     options = MedusaOptions.from_speculative_config(speculative_config)
     # The whole file is read here, in the user's own process, so that a bad one is
     # refused before engine and workers start; they read it again from the page cache.
-    heads = load_heads(
-        options.location,
-        hidden_size=target_model_config.get_hidden_size(),
-        vocab_size=target_model_config.get_vocab_size(),
-        base_model=target_model_config.model,
-    )
+    with one_thread():
+        heads = load_heads(
+            options.location,
+            hidden_size=target_model_config.get_hidden_size(),
+            vocab_size=target_model_config.get_vocab_size(),
+            base_model=target_model_config.model,
+        )
     num_heads = heads.spec.num_heads
     if options.num_heads is not None:
         if options.num_heads > num_heads:
@@ -174,5 +193,3 @@ def create_medusa_config(
 def is_medusa(speculative_config: Any) -> bool:
     """Whether a vLLM config asks for this plugin."""
     return isinstance(speculative_config, MedusaSpeculativeConfig)
-
-
