@@ -62,6 +62,8 @@ class TreeRunnerMixin:
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Register requests; remember which may accept drafts, and which a graph may sample."""
         super().add_requests(scheduler_output)
+        if self.verification_step is not None and scheduler_output.scheduled_new_reqs:
+            self.verification_step.read_requests()
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             if params is None:

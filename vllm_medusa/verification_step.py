@@ -103,7 +103,19 @@ class VerificationStep:
         # Tokens [R, W] int64, then num_sampled and num_rejected [2, R] int32, so that one
         # clone takes a step's output out of the graph's reach.
         self.output = torch.zeros(max_num_reqs * (self.width + 1), dtype=torch.int64, device=device)
+        # Copies that keep their address: vLLM's own move to another buffer with every new
+        # request, and a graph would go on reading the old one.
+        self.temperature = torch.zeros(max_num_reqs, dtype=torch.float32, device=device)
+        self.seeds = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        self.prefill_len = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.drafts = torch.zeros(max_num_reqs, self.width - 1, dtype=torch.int64, device=device)
+
+    def read_requests(self) -> None:
+        """Copy what the graph reads of every request; to be called after requests came in."""
+        states = self.runner.sampler.sampling_states
+        self.temperature.copy_(states.temperature.gpu)
+        self.seeds.copy_(states.seeds.gpu)
+        self.prefill_len.copy_(self.runner.req_states.prefill_len.gpu)
 
     def try_run(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> SamplerOutput | None:
         """Verify, advance the requests and draft, if a graph covers this batch.
@@ -207,7 +219,7 @@ class VerificationStep:
             runner.input_buffers.seq_lens[:num_reqs],
             cu_rows,
             slots.clamp(min=0),
-            runner.req_states.prefill_len.gpu,
+            self.prefill_len,
         )
         counts[1].copy_(num_rejected)
         runner.advance(
@@ -231,13 +243,12 @@ class VerificationStep:
         runner, batch = self.runner, self.tree_batch
         num_reqs, num_logits = slots.shape[0], logits.shape[0]
         rows = num_logits // num_reqs
-        states = runner.sampler.sampling_states
         positions = runner.input_buffers.positions[:num_logits]
         drawn = gumbel_sample(
             logits,
             slots[:, None].expand(-1, rows).reshape(-1),
-            states.temperature.gpu,
-            states.seeds.gpu,
+            self.temperature,
+            self.seeds,
             positions,
             # Divides as vLLM's temperature kernel does, without a float32 copy of the logits.
             apply_temperature=True,
@@ -245,7 +256,7 @@ class VerificationStep:
             use_fp64=runner.sampler.use_fp64_gumbel,
         )
         real = slots.clamp(min=0)
-        ready = positions.view(num_reqs, rows)[:, 0] >= runner.req_states.prefill_len.gpu[real]
+        ready = positions.view(num_reqs, rows)[:, 0] >= self.prefill_len[real]
         empty = torch.empty(
             num_reqs + num_reqs + num_logits, dtype=torch.int64, device=slots.device
         )

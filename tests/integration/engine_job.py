@@ -51,12 +51,25 @@ def record_launches() -> dict[str, list]:
 
 
 def count_whole_steps(padding: int = 2) -> list[int]:
-    """Take the route of the verification graphs, eagerly and padded like a graph's size."""
+    """Take the route of the verification graphs, eagerly and padded like a graph's size.
+
+    As a graph does, every step reads the tensors that were there at the first one.
+    """
     import torch
 
     from vllm_medusa.verification_step import VerificationStep
 
-    sizes = []
+    sizes, captured = [], {}
+
+    def run(self, hidden_states, size, rows):
+        owners = (self.runner.req_states, self.runner.sampler.sampling_states)
+        moving = [t for owner in owners for t in vars(owner).values() if hasattr(t, "gpu")]
+        current = [tensor.gpu for tensor in moving]
+        for tensor in moving:
+            tensor.gpu = captured.setdefault(id(tensor), tensor.gpu)
+        self.compute(hidden_states, size, rows)
+        for tensor, gpu in zip(moving, current, strict=True):
+            tensor.gpu = gpu
 
     def find(self, hidden_states, input_batch):
         rows = self._equal_rows(input_batch)
@@ -68,7 +81,7 @@ def count_whole_steps(padding: int = 2) -> list[int]:
         zeros = hidden_states.new_zeros(size * rows - hidden_states.shape[0], width)
         padded = torch.cat([hidden_states, zeros])
         sizes.append(size)
-        return size, lambda: self.compute(padded, size, rows)
+        return size, lambda: run(self, padded, size, rows)
 
     VerificationStep._find = find
     return sizes
