@@ -106,11 +106,12 @@ def run_distill(arguments: argparse.Namespace) -> None:
 
     from vllm_medusa.training.chat_format import ChatFormat
     from vllm_medusa.training.generate import Distiller
-    from vllm_medusa.training.prompts import TestQuestionGuard, read_prompt_file, template_prompts
+    from vllm_medusa.training.prompt_files import read_prompts
+    from vllm_medusa.training.prompts import TestQuestionGuard, template_prompts
 
     config = _from_arguments(DistillConfig, arguments)
-    given = [turns for path in arguments.prompts for turns in read_prompt_file(path)]
-    tests = [t for path in arguments.exclude for turns in read_prompt_file(path) for t in turns]
+    given = [turns for path in arguments.prompts for turns in read_prompts(path).turns]
+    tests = [t for path in arguments.exclude for turns in read_prompts(path).turns for t in turns]
 
     def prompts() -> Iterator[list[str]]:
         if given:

@@ -124,3 +124,27 @@ class DistillConfig(_JsonConfig):
         )  # fmt: skip
         if self.max_seconds is not None:
             _require(self.max_seconds > 0, "max_seconds", self.max_seconds, "positive or null")
+
+
+@dataclass(frozen=True)
+class EvalConfig(_JsonConfig):
+    """Acceptance of served heads on a prompt set."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    # Only the first prompts, the same number of every category as far as it goes.
+    limit: int | None = None
+    # Tree and node budget; the server's own defaults without them.
+    tree: str | None = None
+    nodes: int | None = None
+    dtype: str = "auto"
+    resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "resamples"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("limit", "nodes"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1 or null")
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")

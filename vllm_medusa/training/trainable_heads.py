@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_medusa.head_weights import HeadWeights
+from vllm_medusa.head_weights import HeadSpec, HeadWeights
 
 
 class TrainableHeads(nn.Module):
@@ -80,6 +80,14 @@ class TrainableHeads(nn.Module):
             bias = self.bias[layer].to(hidden.dtype).unsqueeze(1)
             states = states + functional.silu(torch.baddbmm(bias, states, weight.mT))
         return states
+
+    def to_weights(self, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> HeadWeights:
+        """Copies on the CPU, as ``MedusaHeads`` and ``save_heads`` take them."""
+        num_layers, num_heads, size = self.bias.shape
+        spec = HeadSpec(num_heads, num_layers, size, vocab_size, bias=True, dtype=dtype)
+        return HeadWeights(
+            spec, self.weight.detach().to("cpu", dtype), self.bias.detach().to("cpu", dtype)
+        )
 
     def checkpoint_tensors(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         """Weights under the names ``{head}.{layer}.linear.weight`` and ``.bias`` on the CPU."""
