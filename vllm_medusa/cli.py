@@ -16,7 +16,12 @@ from typing import Any
 
 from vllm_medusa import __version__
 from vllm_medusa.cli_heads import add_convert_parser, add_inspect_parser
-from vllm_medusa.training.cli import add_calibrate_parser, add_distill_parser, add_train_parser
+from vllm_medusa.training.cli import (
+    add_calibrate_parser,
+    add_distill_parser,
+    add_restrict_parser,
+    add_train_parser,
+)
 from vllm_medusa.training.eval_cli import add_eval_parser
 
 # Order of `vllm-medusa --help`.
@@ -26,6 +31,7 @@ PARSERS = [
     add_distill_parser,
     add_train_parser,
     add_calibrate_parser,
+    add_restrict_parser,
     add_eval_parser,
 ]
 

@@ -72,3 +72,8 @@ def lm_head_weight(model: Any) -> torch.Tensor:
             "its weight alone. Train heads with an output matrix of their own"
         )
     return layer.weight.detach()
+
+
+def embedding_weight(model: Any) -> torch.Tensor:
+    """[vocab, hidden] of the input embeddings, detached."""
+    return model.get_input_embeddings().weight.detach()

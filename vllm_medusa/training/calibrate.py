@@ -11,6 +11,7 @@ from torch.nn import functional
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.training.hidden_states import HiddenStateSet
 from vllm_medusa.training.loss import IGNORE
+from vllm_medusa.training.path_tokens import path_embeddings
 from vllm_medusa.training.progress import progress_bar
 from vllm_medusa.training.simulate import Path_, StepCount, accepted_depths, visited_rows
 from vllm_medusa.training.trainable_heads import TrainableHeads
@@ -53,6 +54,7 @@ def rank_labels(
     lm_head_weight: Tensor,
     max_rank: int = 10,
     batch_rows: int | None = None,
+    embeddings: Tensor | None = None,
 ) -> HeadRanks:
     """Rank of every head's label among the head's ``max_rank`` most likely tokens.
 
@@ -65,6 +67,8 @@ def rank_labels(
         Labels for at least as many heads as ``heads`` has.
     lm_head_weight : Tensor
         [vocab, hidden], dtype of ``data.hidden``.
+    embeddings : Tensor, optional
+        [vocab, hidden] input embeddings, for sequential heads.
     """
     if isinstance(heads, TrainableHeads):
         weights = heads.to_weights(lm_head_weight.shape[0], data.hidden.dtype)
@@ -75,13 +79,18 @@ def rank_labels(
     ranks = np.full((data.num_rows, num_heads), MISSED, np.int16)
     labels = data.labels[:, 1 : num_heads + 1].long()
 
+    weight_dtype = lm_head_weight.dtype
+
     def apply_lm_head(states: Tensor) -> Tensor:
         return functional.linear(states, lm_head_weight)
 
     with progress_bar("ranking", data.num_rows) as advance:
         for start in range(0, data.num_rows, batch_rows):
             rows = slice(start, min(start + batch_rows, data.num_rows))
-            top = heads.top_tokens(data.hidden[rows], max_rank, apply_lm_head)
+            path = None
+            if heads.spec.sequential:
+                path = path_embeddings(data.labels[rows], num_heads, embeddings).to(weight_dtype)
+            top = heads.top_tokens(data.hidden[rows], max_rank, apply_lm_head, path)
             hits = top == labels[rows].unsqueeze(2)
             rank = torch.where(hits.any(dim=2), hits.int().argmax(dim=2), MISSED)
             ranks[rows] = rank.to(torch.int16).cpu().numpy()

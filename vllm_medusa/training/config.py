@@ -4,7 +4,10 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from vllm_medusa.head_weights import HeadSpec
 
 # Name under which a training run keeps its TrainConfig in its output folder.
 CONFIG_FILE = "train_config.json"
@@ -37,15 +40,50 @@ class _JsonConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(_JsonConfig):
+class HeadKind(_JsonConfig):
+    """Number and kind of the heads to train."""
+
+    num_heads: int = 4
+    num_layers: int = 3
+    # Output matrix: the base's; one of their own each; a common one; or a common one of low rank
+    # behind a projection of their own (SlimSpec, arXiv 2605.10453).
+    lm_head: Literal["shared", "own", "common", "low-rank"] = "shared"
+    lm_head_rank: int = 256
+    # Score only so many of the answers' most frequent tokens (FR-Spec, arXiv 2502.14856).
+    vocab_subset: int | None = None
+    # Head k also sees the tokens between the hidden state and its own (Hydra, arXiv 2402.05109).
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_layers", "lm_head_rank"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        choices = ("shared", "own", "common", "low-rank")
+        _require(self.lm_head in choices, "lm_head", self.lm_head, f"one of {choices}")
+        subset = self.vocab_subset
+        _require(subset is None or subset >= 1, "vocab_subset", subset, "at least 1 or null")
+
+    def head_spec(self, hidden_size: int, vocab_size: int) -> "HeadSpec":
+        """Heads of this kind for a base model; trained heads always have biases."""
+        # Here, since the command line reads these classes and must not wait for torch.
+        from vllm_medusa.head_weights import HeadSpec
+
+        return HeadSpec(
+            self.num_heads, self.num_layers, hidden_size, vocab_size, bias=True,
+            own_lm_head=self.lm_head != "shared",
+            common_lm_head=self.lm_head in ("common", "low-rank"),
+            lm_head_rank=self.lm_head_rank if self.lm_head == "low-rank" else None,
+            vocab_subset_size=self.vocab_subset, sequential=self.sequential,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig(HeadKind):
     """Medusa-1 training: frozen base model, heads only.
 
     ``epochs`` fixes the length; with ``max_seconds`` the learning rate reaches its end at
     whichever comes first, so a run that is cut short still ends annealed.
     """
 
-    num_heads: int = 4
-    num_layers: int = 3
     epochs: float = 4.0
     batch_tokens: int = 16384
     # Best of 5e-4, 1e-3, 2e-3, 4e-3 after 300 steps at hidden size 576 (SmolLM2-135M, 3 layers:
@@ -63,10 +101,14 @@ class TrainConfig(_JsonConfig):
     loss_chunk_rows: int = 8192
     checkpoint_every: int = 1000
     max_seconds: float | None = None
+    # Hidden states of the answers: in the device's memory, or in files beside the result.
+    hidden_states: Literal["memory", "disk"] = "memory"
+    quantise: Literal["none", "8bit", "4bit"] = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_layers", "batch_tokens", "loss_chunk_rows"):
+        super().__post_init__()
+        for name in ("batch_tokens", "loss_chunk_rows"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("epochs", "learning_rate", "grad_clip", "head_decay"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")

@@ -7,6 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from vllm_medusa.training.config import CONFIG_FILE
+
 
 def add_config_options(parser: argparse.ArgumentParser, config: type) -> None:
     """Add one option per field, and ``--config FILE`` once per parser.
@@ -28,7 +30,8 @@ def add_config_options(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def _arguments_of(hint: Any, default: Any) -> dict[str, Any]:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+    # Optional fields; Literal is no union, its arguments are values.
+    if isinstance(hint, types.UnionType):
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
     text = f"default {default}"
     if hint is bool:
@@ -36,7 +39,7 @@ def _arguments_of(hint: Any, default: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": typing.get_args(hint), "help": text}
     if typing.get_origin(hint) is tuple:
-        return {"nargs": "*", "type": typing.get_args(hint)[0], "help": text}
+        return {"nargs": "+", "type": typing.get_args(hint)[0], "help": text}
     return {"type": hint, "help": text}
 
 
@@ -51,3 +54,15 @@ def config_from_options(config: type, arguments: argparse.Namespace) -> Any:
     path = getattr(arguments, "config", None)
     base = config.load(path) if path is not None else config()
     return dataclasses.replace(base, **given_options(config, arguments))
+
+
+def kept_config(config: type, arguments: argparse.Namespace) -> Any:
+    """Settings that the run in ``arguments.output`` began with; named options must agree."""
+    kept = config.load(arguments.output / CONFIG_FILE)
+    for name, value in given_options(config, arguments).items():
+        if value != getattr(kept, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}, but the run in {arguments.output} "
+                f"began with {getattr(kept, name)}; leave the option out to resume"
+            )
+    return kept

@@ -96,7 +96,7 @@ def _rank_answers(arguments: argparse.Namespace, config: EvalConfig, run: Any) -
     """Ranks that the heads give the served tokens, and the tree.json beside the heads."""
     from vllm_medusa.checkpoint import load_heads
     from vllm_medusa.heads import MedusaHeads
-    from vllm_medusa.training.base_model import load_base
+    from vllm_medusa.training.base_model import embedding_weight, load_base
     from vllm_medusa.training.calibrate import rank_labels
     from vllm_medusa.training.conversations import ConversationSet
     from vllm_medusa.training.hidden_states import extract_hidden_states
@@ -112,4 +112,5 @@ def _rank_answers(arguments: argparse.Namespace, config: EvalConfig, run: Any) -
     data = extract_hidden_states(model, answers, weights.spec.num_heads)
     max_rank = max(max(map(max, run.paths)) + 1, 10)
     tree = TokenTree.load(weights.tree_path) if weights.tree_path else None
-    return rank_labels(heads, data, weight, max_rank), tree
+    embeddings = embedding_weight(model) if weights.spec.sequential else None
+    return rank_labels(heads, data, weight, max_rank, embeddings=embeddings), tree

@@ -20,15 +20,16 @@ def _percent(value: float | None) -> str:
 
 
 def _groups_table(record: dict[str, Any]) -> Any:
+    from rich.box import SIMPLE
     from rich.table import Table
 
     served = record["served"]
     depth = len(served["all"]["accepted_by_depth"])
-    table = Table(title=(
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title=(
         f"Served, {record['tree']['nodes']} nodes: tokens per step with their interval, range over "
         "prompts, share of steps accepting depth d"
     ))  # fmt: skip
-    for name in ("category", "prompts", "steps", "tok/step", "95 %", "range"):
+    for name in ("category", "steps", "tok/step", "95 %", "range"):
         table.add_column(name, justify="left" if name == "category" else "right")
     for d in range(1, depth + 1):
         table.add_column(f"d{d} %", justify="right")
@@ -37,7 +38,7 @@ def _groups_table(record: dict[str, Any]) -> Any:
         spread = group["spread_over_prompts"]
         low, high = group["interval"]
         table.add_row(
-            name, str(group["prompts"]), str(group["steps"]), f"{group['tokens_per_step']:.3f}",
+            name, str(group["steps"]), f"{group['tokens_per_step']:.3f}",
             f"{low:.2f}..{high:.2f}",
             f"{spread['min']:.2f}..{spread['max']:.2f}" if spread else _DASH,
             *(_percent(rate) for rate in group["accepted_by_depth"]),
@@ -71,7 +72,7 @@ def _rank_table(record: dict[str, Any]) -> Any:
     accepted = simulated["accepted_by_head_and_rank"]
     ranks = len(accepted[0])
     shown = min(ranks, 6)
-    table = Table(title="Right token by head and rank, % (in brackets: accepted, % of steps)")
+    table = Table(title="Right token by head and rank, % (accepted, % of steps)")
     table.add_column("head")
     for rank in range(shown):
         table.add_column(f"rank {rank + 1}", justify="right")
