@@ -23,6 +23,7 @@ from vllm_medusa.training.cli import (
     add_train_parser,
 )
 from vllm_medusa.training.eval_cli import add_eval_parser
+from vllm_medusa.training.joint_cli import add_train_joint_parser
 
 # Order of `vllm-medusa --help`.
 PARSERS = [
@@ -30,6 +31,7 @@ PARSERS = [
     add_convert_parser,
     add_distill_parser,
     add_train_parser,
+    add_train_joint_parser,
     add_calibrate_parser,
     add_restrict_parser,
     add_eval_parser,

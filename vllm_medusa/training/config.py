@@ -15,7 +15,8 @@ CONFIG_FILE = "train_config.json"
 _C = TypeVar("_C", bound="_JsonConfig")
 
 
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raise ValueError with name, value and expectation unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
@@ -35,7 +36,7 @@ class _JsonConfig:
     def from_dict(cls: type[_C], values: dict[str, Any], where: str = "settings") -> _C:
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
-        _require(not unknown, where, unknown, f"only the keys {sorted(known)}")
+        require(not unknown, where, unknown, f"only the keys {sorted(known)}")
         return cls(**values)
 
 
@@ -56,11 +57,11 @@ class HeadKind(_JsonConfig):
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_layers", "lm_head_rank"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         choices = ("shared", "own", "common", "low-rank")
-        _require(self.lm_head in choices, "lm_head", self.lm_head, f"one of {choices}")
+        require(self.lm_head in choices, "lm_head", self.lm_head, f"one of {choices}")
         subset = self.vocab_subset
-        _require(subset is None or subset >= 1, "vocab_subset", subset, "at least 1 or null")
+        require(subset is None or subset >= 1, "vocab_subset", subset, "at least 1 or null")
 
     def head_spec(self, hidden_size: int, vocab_size: int) -> "HeadSpec":
         """Heads of this kind for a base model; trained heads always have biases."""
@@ -109,15 +110,15 @@ class TrainConfig(HeadKind):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_tokens", "loss_chunk_rows"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("epochs", "learning_rate", "grad_clip", "head_decay"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("warmup_steps", "weight_decay", "checkpoint_every"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("beta1", "beta2", "final_learning_rate_ratio"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 <= x < 1")
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 <= x < 1")
         if self.max_seconds is not None:
-            _require(self.max_seconds > 0, "max_seconds", self.max_seconds, "positive or null")
+            require(self.max_seconds > 0, "max_seconds", self.max_seconds, "positive or null")
 
     @property
     def head_weights(self) -> tuple[float, ...]:
@@ -152,20 +153,20 @@ class DistillConfig(_JsonConfig):
 
     def __post_init__(self) -> None:
         for name in ("max_conversations", "max_user_tokens", "max_answer_tokens", "max_num_seqs"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (
             "self_prompt_share", "sampled_share", "second_turn_share", "self_follow_up_share",
         ):  # fmt: skip
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
         for name in ("user_temperature", "answer_temperature"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         needed = self.max_user_tokens + self.max_answer_tokens
-        _require(
+        require(
             self.max_model_len > needed, "max_model_len", self.max_model_len,
             f"more than one turn and its answer, {needed} tokens",
         )  # fmt: skip
         if self.max_seconds is not None:
-            _require(self.max_seconds > 0, "max_seconds", self.max_seconds, "positive or null")
+            require(self.max_seconds > 0, "max_seconds", self.max_seconds, "positive or null")
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,8 @@ class EvalConfig(_JsonConfig):
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "resamples"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("limit", "nodes"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1 or null")
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+            require(value is None or value >= 1, name, value, "at least 1 or null")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 or more")

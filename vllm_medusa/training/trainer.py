@@ -133,6 +133,8 @@ class MedusaOneTrainer:
     def train(self, until_step: int | None = None) -> TrainableHeads:
         """Train to the end, or up to ``until_step``, and return the heads."""
         config = self.config
+        if self.step == 0:
+            self.log.restart()
         last = self.total_steps if until_step is None else min(until_step, self.total_steps)
         started = time.monotonic() - self.seconds
         with progress_bar("training steps", last - self.step) as advance:
