@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import math
+import os
+import socket
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tiny_base
 import torch
 from torch.nn import functional
 
-import tiny_base
 from vllm_medusa.training.conversations import ConversationSet
 from vllm_medusa.training.joint_config import JointConfig
 from vllm_medusa.training.joint_export import export_joint
@@ -167,8 +170,8 @@ def test_joint_loss_and_its_gradient_equal_the_definition(distil, rank):
     for left, right in zip(got, wanted, strict=True):
         assert (left is None) == (right is None)
         if left is not None:
-            # The factor lambda_0 * lambda_k is applied in another order.
-            torch.testing.assert_close(left, right, atol=1e-9, rtol=1e-6)
+            # Llama's norms compute in float32 even in a float64 model.
+            torch.testing.assert_close(left, right, atol=1e-7, rtol=1e-4)
 
 
 def test_head_stage_leaves_the_backbone_alone_and_counts_the_heads_whole():
@@ -197,7 +200,8 @@ def test_teacher_is_the_untouched_base():
     assert not torch.allclose(student, teacher, atol=1e-3)
     # Switched off for the teacher only: dropout and adapter are on again.
     assert model.adapter[0].training
-    assert not any(getattr(module, "disable_adapters", False) for module in model.base.modules())
+    layers = [m for m in model.base.modules() if hasattr(m, "lora_A")]
+    assert layers and not any(layer.disable_adapters for layer in layers)
 
 
 def test_divergence_of_equal_models_is_zero_and_ignored_rows_do_not_count():
@@ -217,8 +221,8 @@ def test_chunks_change_nothing(chunk):
     found = chunked_mean(lambda h, y: cross_entropy(h @ weight.T, y), (hidden,), labels, chunk)
     expected = functional.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE)
     torch.testing.assert_close(found, expected)
-    for left, right in zip(torch.autograd.grad(found, (hidden, weight)),
-                           torch.autograd.grad(expected, (hidden, weight)), strict=True):  # fmt: skip
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    for left, right in zip(torch.autograd.grad(found, (hidden, weight)), wanted, strict=True):
         torch.testing.assert_close(left, right)
 
 
@@ -271,7 +275,7 @@ def test_settings_are_read_back_and_checked(tmp_path):
         _config(lora_targets=("lm_head",))
     with pytest.raises(ValueError, match="quantised weights cannot be trained"):
         _config(lora_rank=0, self_distillation=False, quantise="4bit")
-    with pytest.raises(ValueError, match="lora_targets names .*'c_attn'"):
+    with pytest.raises(ValueError, match=r"lora_targets names .*'c_attn'"):
         _model(_config(lora_targets=("c_attn",)))
 
 
@@ -323,7 +327,7 @@ def test_a_lost_log_line_and_other_data_on_resuming(tmp_path):
 
 
 def test_both_losses_fall_and_the_teacher_stays_near(tmp_path):
-    config = _config(head_only_epochs=10, joint_epochs=20, learning_rate=0.01)
+    config = _config(head_only_epochs=4, joint_epochs=8, learning_rate=0.01)
     trainer = JointTrainer(config, _model(config), _data(), tmp_path, cpu=True)
     trainer.train()
     rows = trainer.log.rows()
@@ -348,7 +352,7 @@ def test_export_holds_base_adapter_and_heads_that_fit(tmp_path, whole):
     batch = _data().batch(np.arange(4))
     with torch.no_grad():
         expected = model._hidden(batch.input_ids, batch.rows)
-    export_joint(model, tmp_path, "tiny", "nowhere")
+    export_joint(model, tmp_path, "tiny", str(tmp_path))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-medusa2", dtype=torch.float32)
     with torch.no_grad():
         found = base.model(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)[batch.rows]
@@ -366,14 +370,16 @@ def test_command_line_runs_resumes_and_starts_from_heads(tmp_path):
     base = tmp_path / "base"
     tiny_base.make_base().save_pretrained(base)
     tiny_base.counting_answers().save(tmp_path / "answers.safetensors")
-    common = ["train-joint", "--model", str(base), "--data", str(tmp_path / "answers.safetensors"),
-              "--device", "cpu", "--held-out", "8", "--num-nodes", "5", "--max-rank", "4"]  # fmt: skip
+    data = tmp_path / "answers.safetensors"
+    common = ["train-joint", "--model", str(base), "--data", str(data), "--device", "cpu",
+              "--held-out", "8", "--num-nodes", "5", "--max-rank", "4"]  # fmt: skip
     settings = ["--num-heads", "2", "--batch-size", "8", "--head-only-epochs", "1",
                 "--joint-epochs", "1", "--lora-rank", "2", "--dtype", "float32",
                 "--log-every", "1", "--warmup-steps", "1"]  # fmt: skip
     assert main([*common, "--output", str(tmp_path / "out"), *settings]) == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "tree.json", "training.json", "train_config.json", "base-medusa2",
-            "adapter", "held_out.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}  # fmt: skip
+            "adapter", "held_out.safetensors"} <= written  # fmt: skip
     assert main([*common, "--output", str(tmp_path / "out"), "--resume"]) == 0
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["steps"] == 8 and record["processes"] == 1
@@ -388,27 +394,31 @@ def test_command_line_runs_resumes_and_starts_from_heads(tmp_path):
     assert status == 2
 
 
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     """DDP over gloo: the same batches, so the same gradients up to the order of sums."""
-    import subprocess
-
     base = tmp_path / "base"
     tiny_base.make_base().save_pretrained(base)
     tiny_base.counting_answers().save(tmp_path / "answers.safetensors")
     weights = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes",
-                  str(processes), "--num_machines", "1", "--mixed_precision", "no",
-                  "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]  # fmt: skip
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                  "--master_port", str(_free_port())]  # fmt: skip
         command = [*launch, "-m", "vllm_medusa.cli", "train-joint", "--model", str(base),
                    "--data", str(tmp_path / "answers.safetensors"), "--output", str(output),
                    "--device", "cpu", "--held-out", "8", "--num-nodes", "5", "--num-heads", "2",
                    "--batch-size", "8", "--micro-batch-size", "1", "--lora-rank", "2",
                    "--lora-dropout", "0", "--dtype", "float32", "--head-only-epochs", "1",
                    "--joint-epochs", "1", "--warmup-steps", "1"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         weights.append(torch.load(output / "state" / "trained.pt", weights_only=True))
         assert json.loads((output / "training.json").read_text())["processes"] == processes

@@ -149,7 +149,9 @@ def _add_adapter(base: Any, config: JointConfig) -> Any:
     )  # fmt: skip
     # Layers are replaced inside ``base``; the wrapper only switches and saves them. It is kept
     # in a list, so that its parameters are not registered a second time.
-    return [get_peft_model(base, lora)]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return [get_peft_model(base, lora)]
 
 
 @contextmanager
