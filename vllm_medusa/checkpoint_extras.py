@@ -24,9 +24,7 @@ class Extras(NamedTuple):
         return None if self.lm_head_down is None else self.lm_head_down.shape[1]
 
 
-def read_extras(
-    reader: HeadReader, num_heads: int, hidden_size: int, dtype: torch.dtype
-) -> Extras:
+def read_extras(reader: HeadReader, num_heads: int, hidden_size: int, dtype: torch.dtype) -> Extras:
     """Read both kinds, complete or not at all."""
     return Extras(
         _read_down(reader, num_heads, hidden_size, dtype),
@@ -76,6 +74,9 @@ def _check_complete(reader: HeadReader, keys: dict, wanted, name: str) -> None:
     extra = next((place for place in keys if place not in wanted), None)
     if extra is not None:
         raise CheckpointError(
-            reader.source.file_of(keys[extra]), keys[extra], "a matrix without its head",
-            f"{len(wanted)} such matrices for the heads in the file", "remove it",
+            reader.source.file_of(keys[extra]),
+            keys[extra],
+            "a matrix without its head",
+            f"{len(wanted)} such matrices for the heads in the file",
+            "remove it",
         )

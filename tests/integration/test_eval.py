@@ -1,6 +1,7 @@
 """`vllm-medusa eval` through a real engine: served equals the simulation on the same answers."""
 
 import json
+import shutil
 
 import pytest
 import traffic
@@ -14,26 +15,36 @@ ENGINE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_served_acceptance_equals_the_simulated(tiny, tmp_path, monkeypatch, capsys, temperature):
+@pytest.fixture
+def prompts(tmp_path, monkeypatch):
+    """A prompt file of two categories, and the environment of a small CPU engine."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    prompts = tmp_path / "prompts.jsonl"
     rows = [
         {"prompt_token_ids": ids, "category": ["even", "odd"][i % 2]}
         for i, ids in enumerate(traffic.prompts(12, seed=3))
     ]
-    prompts.write_text("\n".join(map(json.dumps, rows)))
-    output = tmp_path / "out"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def evaluate(tiny, heads, prompts, output, *options):
     status = main(
-        ["eval", "--model", tiny["model"], "--heads", tiny["heads"], "--prompts", str(prompts),
+        ["eval", "--model", tiny["model"], "--heads", str(heads), "--prompts", prompts,
          "--output", str(output), "--device", "cpu", "--dtype", "float32", "--max-tokens", "60",
-         "--tree", "[4, 2, 1]", "--nodes", "16", "--temperature", str(temperature),
-         "--engine-args", json.dumps(ENGINE)]
+         "--engine-args", json.dumps(ENGINE), *options]
     )  # fmt: skip
     assert status == 0
-    record = json.loads((output / "eval.json").read_text())
+    return json.loads((output / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("temperature", ["0", pytest.param("0.8", marks=pytest.mark.slow)])
+def test_served_acceptance_equals_the_simulated(tiny, tmp_path, prompts, capsys, temperature):
+    output = tmp_path / "out"
+    record = evaluate(tiny, tiny["heads"], prompts, output, "--tree", "[4, 2, 1]", "--nodes",
+                      "16", "--temperature", temperature)  # fmt: skip
     served, simulated = record["served"], record["simulated"]
     # float32 on both sides, no near ties in this model: not 2 % but equal.
     assert simulated["answers_with_equal_steps"] == served["all"]["answers"] == 12
@@ -45,3 +56,26 @@ def test_served_acceptance_equals_the_simulated(tiny, tmp_path, monkeypatch, cap
     assert record["tree"]["nodes"] == 16
     assert (output / "tree.png").exists() and (output / "acceptance.png").exists()
     assert "simulated on the same answers" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_calibrated_tree_serves_what_it_promises(tiny, tmp_path, prompts):
+    heads = tmp_path / "heads"
+    shutil.copytree(tiny["heads"], heads)
+    status = main(
+        ["calibrate", "--model", tiny["model"], "--heads", str(heads), "--prompts", prompts,
+         "--device", "cpu", "--dtype", "float32", "--max-tokens", "60", "--num-nodes", "12",
+         "--max-rank", "8", "--engine-args", json.dumps(ENGINE)]
+    )  # fmt: skip
+    assert status == 0
+    tree = json.loads((heads / "tree.json").read_text())
+    record = evaluate(tiny, heads, prompts, tmp_path / "out", "--nodes", "12")
+    assert record["tree"]["paths"] == tree["paths"]
+    served = record["served"]["all"]["tokens_per_step"]
+    # The same greedy answers, so even the promise of tree.json is exact but for its rounding.
+    assert served == pytest.approx(tree["expected_tokens_per_step"], abs=1e-4)
+    assert served == pytest.approx(record["predicted"]["from_calibration_answers"], abs=1e-4)
+    promised = record["predicted"]["by_depth_from_calibration_answers"]
+    assert record["served"]["all"]["accepted_by_depth"] == pytest.approx(promised, abs=1e-4)
+    each = tree["tokens_per_step_by_nodes"]
+    assert len(each) == 12 and each == sorted(each)

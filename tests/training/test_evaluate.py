@@ -127,15 +127,24 @@ def test_node_counts_by_hand():
 
 
 def test_prediction_from_a_tree_file():
-    metadata = {"accuracies": [[0.5, 0.2], [0.4, 0.1]], "frequencies": [0.5, 0.3, 0.2]}
+    metadata = {
+        "accuracies": [[0.5, 0.2], [0.4, 0.1]], "accepted_shares": [0.5, 0.3, 0.2],
+        "tokens_per_step_by_nodes": [1.4, 1.7, 2.0], "expected_tokens_per_step": 2.0,
+    }  # fmt: skip
     tree = TokenTree(((0,), (0, 0), (1,)), metadata)
     found = predict(tree, tree.paths)
     assert found.independent == pytest.approx(1 + 0.5 + 0.5 * 0.4 + 0.2)
-    assert found.calibrated == pytest.approx(2.0)
+    assert found.calibrated == 2.0
     assert found.by_depth == pytest.approx((0.7, 0.3))
     # A budget keeps the first nodes; another tree is predicted from accuracies alone.
-    assert predict(tree, tree.paths[:2]).calibrated == pytest.approx(1.8)
-    assert predict(tree, ((0,), (0, 1))).calibrated is None
+    assert predict(tree, tree.paths[:2]).calibrated == 1.7
+    other = predict(tree, ((0,), (0, 1)))
+    assert (other.calibrated, other.by_depth) == (None, None)
+    assert other.independent == pytest.approx(1 + 0.5 + 0.05)
+    # An older file tells the whole tree's value only.
+    old = TokenTree(tree.paths, {"expected_tokens_per_step": 2.1})
+    assert predict(old, tree.paths).calibrated == 2.1
+    assert predict(old, tree.paths[:2]).calibrated is None
     assert predict(TokenTree(tree.paths), tree.paths).independent is None
 
 

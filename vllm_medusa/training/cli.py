@@ -3,9 +3,9 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_medusa.training.config import DistillConfig, TrainConfig
 from vllm_medusa.training.config_options import (
@@ -13,6 +13,9 @@ from vllm_medusa.training.config_options import (
     config_from_options,
     kept_config,
 )
+
+if TYPE_CHECKING:
+    from vllm_medusa.training.conversations import ConversationSet
 
 HELD_OUT_FILE = "held_out.safetensors"
 
@@ -28,8 +31,12 @@ def add_distill_parser(subparsers: argparse._SubParsersAction) -> None:
         ),
     )
     parser.add_argument("--model", required=True, help="chat model, folder or hub id")
-    parser.add_argument("--output", required=True, type=Path, help=".safetensors file to write")
-    parser.add_argument("--prompts", nargs="*", default=[], help=".txt or .jsonl prompt files")
+    parser.add_argument(
+        "--output", required=True, type=Path, help=".safetensors, .jsonl or .parquet to write"
+    )
+    parser.add_argument(
+        "--prompts", nargs="*", default=[], help="prompt files: .txt, .jsonl, .json, .parquet"
+    )
     parser.add_argument(
         "--exclude", nargs="*", default=[],
         help="test questions (.txt or .jsonl): prompts that repeat 8 words of them are dropped",
@@ -52,7 +59,7 @@ def add_train_parser(subparsers: argparse._SubParsersAction) -> None:
         ),
     )
     parser.add_argument("--model", required=True, help="base model, folder or hub id")
-    parser.add_argument("--data", required=True, nargs="+", help="files written by distill")
+    parser.add_argument("--data", required=True, nargs="+", help="answers of distill, or chats")
     parser.add_argument("--output", required=True, type=Path, help="checkpoint folder to write")
     parser.add_argument("--held-out", type=int, default=2500, help="answers kept for calibration")
     parser.add_argument("--resume", action="store_true", help="continue with the folder's settings")
@@ -75,6 +82,14 @@ def add_calibrate_parser(subparsers: argparse._SubParsersAction) -> None:
         "--data", nargs="*", default=[], help=f"answers; default: {HELD_OUT_FILE} of the folder"
     )
     parser.add_argument("--dtype", default="bfloat16", help="of the base, default bfloat16")
+    parser.add_argument(
+        "--prompts", nargs="*", default=[],
+        help="answer these held-out prompts with vLLM, in the model's chat template, instead",
+    )  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer, default 256")
+    parser.add_argument(
+        "--engine-args", type=json.loads, default={}, help="JSON of further vllm.LLM arguments"
+    )
     add_tree_arguments(parser)
     parser.set_defaults(run=run_calibrate)
 
@@ -105,14 +120,16 @@ def run_distill(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
     from vllm import LLM
 
+    from vllm_medusa.training.answer_files import check_output, write_answers
     from vllm_medusa.training.chat_format import ChatFormat
     from vllm_medusa.training.generate import Distiller
-    from vllm_medusa.training.prompt_files import read_prompts
+    from vllm_medusa.training.journal import Journal
     from vllm_medusa.training.prompts import TestQuestionGuard, template_prompts
 
     config = config_from_options(DistillConfig, arguments)
-    given = [turns for path in arguments.prompts for turns in read_prompts(path).turns]
-    tests = [t for path in arguments.exclude for turns in read_prompts(path).turns for t in turns]
+    output = check_output(arguments.output)
+    given = _given_turns(arguments.prompts)
+    tests = [turn for turns in _given_turns(arguments.exclude) for turn in turns]
 
     def prompts() -> Iterator[list[str]]:
         if given:
@@ -120,16 +137,52 @@ def run_distill(arguments: argparse.Namespace) -> None:
         else:
             yield from ([text] for text in template_prompts(config.seed))
 
+    settings = dataclasses.asdict(config) | {"model": arguments.model}
+    for name in ("max_conversations", "max_seconds", "max_num_seqs"):
+        del settings[name]  # a resumed run may ask for more
+    journal = Journal(output.with_name(f"{output.name}.journal"), settings)
+    if journal.answers:
+        print(f"resuming with {len(journal.answers)} answers of {journal.path}")
     llm = LLM(
         model=arguments.model, max_model_len=config.max_model_len, seed=config.seed,
         max_num_seqs=config.max_num_seqs, **arguments.engine_args,
     )  # fmt: skip
     chat = ChatFormat(AutoTokenizer.from_pretrained(arguments.model))
-    distiller = Distiller(llm.llm_engine, chat, config, TestQuestionGuard(tests))
+    distiller = Distiller(llm.llm_engine, chat, config, TestQuestionGuard(tests), journal)
     answers = distiller.run(prompts())
-    answers.save(arguments.output, {"counts": json.dumps(distiller.counts)})
-    config.save(arguments.output.with_suffix(".json"))
-    print(f"{arguments.output}: {len(answers)} answers, {answers.num_answer_tokens} answer tokens")
+    counts = {"counts": json.dumps(distiller.counts)}
+    write_answers(output, distiller.answers[: config.max_conversations], counts)
+    config.save(output.with_suffix(".json"))
+    journal.close(remove=True)
+    print(f"{output}: {len(answers)} answers, {answers.num_answer_tokens} answer tokens")
+
+
+def _given_turns(paths: Sequence[str]) -> list[list[str]]:
+    """User turns of prompt files; says what was left out."""
+    from vllm_medusa.training.prompt_files import read_prompts
+
+    found: list[list[str]] = []
+    for path in paths:
+        file = read_prompts(path)
+        found += file.turns
+        for reason, count in file.skipped.items():
+            print(f"{path}: {count} rows left out ({reason})")
+    return found
+
+
+def read_answers(paths: Sequence[str | Path], model: str) -> "ConversationSet":
+    """Answer files for training; chats are rendered with the model's template."""
+    from vllm_medusa.training.answer_files import load_answers
+
+    tokenizer = None
+    if any(Path(path).suffix != ".safetensors" for path in paths):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    answers, skipped = load_answers(paths, tokenizer)
+    for reason, count in skipped.items():
+        print(f"{count} conversations left out ({reason})")
+    return answers
 
 
 def _train_config(arguments: argparse.Namespace) -> TrainConfig:
@@ -143,14 +196,13 @@ def run_train(arguments: argparse.Namespace) -> None:
     """Extract hidden states, train, export, calibrate."""
     from vllm_medusa.provenance import collect_provenance
     from vllm_medusa.training.base_model import embedding_weight, lm_head_weight, load_base
-    from vllm_medusa.training.conversations import ConversationSet
     from vllm_medusa.training.export import export_heads
     from vllm_medusa.training.hidden_shards import hidden_states_of
     from vllm_medusa.training.new_heads import new_heads
     from vllm_medusa.training.trainer import MedusaOneTrainer
 
     config = _train_config(arguments)
-    loaded = ConversationSet.load(*arguments.data)
+    loaded = read_answers(arguments.data, arguments.model)
     answers, held_out = loaded.split(arguments.held_out, config.seed)
     model = load_base(arguments.model, device=arguments.device, quantise=config.quantise)
     lm_head = lm_head_weight(model)
@@ -180,29 +232,43 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
     from vllm_medusa.checkpoint import load_heads
     from vllm_medusa.heads import MedusaHeads
     from vllm_medusa.training.base_model import load_base
-    from vllm_medusa.training.conversations import ConversationSet
 
+    answers = _calibration_answers(arguments)
     model = load_base(arguments.model, arguments.dtype, arguments.device)
     vocab_size, hidden_size = model.get_output_embeddings().weight.shape
     weights = load_heads(
         arguments.heads, vocab_size=vocab_size, hidden_size=hidden_size, dtype=model.dtype
     )
     heads = MedusaHeads.from_weights(weights, model.device)
-    data = arguments.data or [arguments.heads / HELD_OUT_FILE]
-    answers = ConversationSet.load(*data)
     calibrate_heads(model, heads, answers, arguments.heads, arguments)
+
+
+def _calibration_answers(arguments: argparse.Namespace) -> "ConversationSet":
+    """Answers to calibrate on: files, or the model's own greedy ones to ``--prompts``."""
+    if not arguments.prompts:
+        data = arguments.data or [arguments.heads / HELD_OUT_FILE]
+        return read_answers(data, arguments.model)
+    from vllm_medusa.training.conversations import ConversationSet
+    from vllm_medusa.training.prompt_files import read_prompts
+    from vllm_medusa.training.served_answers import serve_prompts
+
+    prompts = [p for path in arguments.prompts for p in read_prompts(path).prompts]
+    engine = {"model": arguments.model, "dtype": arguments.dtype, **arguments.engine_args}
+    sampling = {"temperature": 0.0, "max_tokens": arguments.max_tokens}
+    run = serve_prompts(engine, prompts, sampling)
+    return ConversationSet.from_pairs((a.prompt_ids, a.token_ids) for a in run.answers)
 
 
 def run_restrict(arguments: argparse.Namespace) -> None:
     """Write a copy of heads that scores only the data's most frequent tokens."""
     from vllm_medusa.checkpoint import load_heads, save_heads
-    from vllm_medusa.training.conversations import ConversationSet
+    from vllm_medusa.training.answer_files import load_answers
     from vllm_medusa.training.vocab_subset import frequent_tokens, restrict_vocabulary
 
     weights = load_heads(arguments.heads, vocab_size=arguments.vocab_size)
     if weights.spec.vocab_size is None:
         raise ValueError("--vocab-size: the checkpoint does not tell it; give the base model's")
-    answers = ConversationSet.load(*arguments.data)
+    answers, _ = load_answers(arguments.data)
     ids = frequent_tokens(answers, arguments.count, weights.spec.vocab_size)
     save_heads(restrict_vocabulary(weights, ids), arguments.output, "M")
     inside = covered_share(answers, ids)

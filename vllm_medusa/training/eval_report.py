@@ -55,7 +55,7 @@ def _prediction_table(record: dict[str, Any]) -> Any:
     rows = (
         ("served", served),
         ("simulated on the same answers", simulated["tokens_per_step"]),
-        ("tree.json, how often each node is right", predicted["from_calibrated_nodes"]),
+        ("tree.json, simulated on its answers", predicted["from_calibration_answers"]),
         ("tree.json, products of head accuracies", predicted["from_calibrated_accuracies"]),
         ("products of accuracies on these answers", predicted["from_accuracies_on_these_answers"]),
     )
@@ -97,7 +97,7 @@ def _plot_depths(record: dict[str, Any], directory: Path) -> Path:
     series = {
         "served": record["served"]["all"]["accepted_by_depth"],
         "simulated on the same answers": record["simulated"]["accepted_by_depth"],
-        "calibrated": record["predicted"]["by_depth_from_calibrated_nodes"],
+        "calibrated": record["predicted"]["by_depth_from_calibration_answers"],
     }
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for (name, values), style in zip(series.items(), ("o-", "s--", "^:"), strict=True):

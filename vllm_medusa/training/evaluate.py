@@ -25,17 +25,17 @@ class Prediction:
 
     # 1 + sum of products of head accuracies (paper 2.3.3); None without accuracies
     independent: float | None
-    # 1 + sum of the nodes' own frequencies; None without them
+    # simulated on the calibration answers; None for other trees than prefixes of the calibrated
     calibrated: float | None
-    # [depths] share of steps that reach it, from the nodes' frequencies
+    # [depths] share of steps that reach it, from the same simulation of the whole tree
     by_depth: tuple[float, ...] | None
 
 
 def predict(tree: TokenTree, paths: Sequence[Path_]) -> Prediction:
     """Expectations for the served ``paths`` from the metadata of the calibrated ``tree``.
 
-    A node is accepted when its path is right, so the steps that reach a depth are the sum of
-    the frequencies of that depth's nodes.
+    A step reaches a depth when it accepts a node there, and accepts at most one, so the share
+    of such steps is the sum of that depth's nodes.
     """
     metadata = tree.metadata
     served = TokenTree.from_paths(paths)
@@ -43,13 +43,19 @@ def predict(tree: TokenTree, paths: Sequence[Path_]) -> Prediction:
     accuracies = metadata.get("accuracies")
     if accuracies and served.max_depth <= len(accuracies) and served.max_rank < len(accuracies[0]):
         independent = served.expected_tokens(accuracies)
-    known = dict(zip(tree.paths, metadata.get("frequencies") or (), strict=False))
-    if not all(path in known for path in served.paths):
+    if served.paths != tree.paths[: served.num_nodes]:
         return Prediction(independent, None, None)
+    by_nodes = metadata.get("tokens_per_step_by_nodes") or ()
+    calibrated = by_nodes[served.num_nodes - 1] if len(by_nodes) >= served.num_nodes else None
+    if calibrated is None and served.num_nodes == tree.num_nodes:
+        calibrated = metadata.get("expected_tokens_per_step")
+    shares = metadata.get("accepted_shares") or ()
+    if len(shares) < served.num_nodes:
+        return Prediction(independent, calibrated, None)
     by_depth = [0.0] * served.max_depth
-    for path in served.paths:
-        by_depth[len(path) - 1] += known[path]
-    return Prediction(independent, 1 + sum(by_depth), tuple(by_depth))
+    for path, share in zip(served.paths, shares, strict=False):
+        by_depth[len(path) - 1] += share
+    return Prediction(independent, calibrated, tuple(by_depth))
 
 
 def step_rows(answer: AnswerSteps) -> np.ndarray:
@@ -192,8 +198,8 @@ def evaluation_record(run: ServedRun, ranks: HeadRanks, tree: TokenTree | None,
         "simulated": simulated_record(run, ranks),
         "predicted": {
             "from_calibrated_accuracies": promised.independent,
-            "from_calibrated_nodes": promised.calibrated,
-            "by_depth_from_calibrated_nodes": promised.by_depth,
+            "from_calibration_answers": promised.calibrated,
+            "by_depth_from_calibration_answers": promised.by_depth,
             "from_accuracies_on_these_answers": measured,
         },
     }

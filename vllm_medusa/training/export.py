@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm_medusa.checkpoint_save import config_of, named_tensors, what_would_be_lost
 from vllm_medusa.head_weights import HeadWeights
 from vllm_medusa.training.calibrate import CalibratedTree, HeadRanks
+from vllm_medusa.training.simulate import accepted_shares, simulate_budgets
 from vllm_medusa.training.trainable_heads import TrainableHeads
 from vllm_medusa.tree import TokenTree
 
@@ -106,6 +107,18 @@ def export_tree(
         "expected_tokens_per_step": round(tree.count.tokens_per_step, 4),
         "calibration_steps": tree.count.steps,
         "frequencies": [round(value, 6) for value in tree.frequencies],
+        # share of the whole tree's steps that accept each node; unlike the frequencies, which
+        # the search ranks by, measured where these steps start
+        "accepted_shares": [
+            round(share, 6) for share in accepted_shares(ranks.ranks, ranks.offsets, tree.paths)
+        ],
+        # index n - 1: the first n nodes, exact on the calibration answers
+        "tokens_per_step_by_nodes": [
+            round(count.tokens_per_step, 4)
+            for count in simulate_budgets(
+                ranks.ranks, ranks.offsets, tree.paths, range(1, len(tree.paths) + 1)
+            ).values()
+        ],
         "accuracies": ranks.accuracies().round(6).tolist(),
     }
     found = TokenTree(tree.paths, metadata)

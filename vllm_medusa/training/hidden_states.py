@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +11,7 @@ from torch import Tensor
 from vllm_medusa.training.conversations import ConversationSet
 from vllm_medusa.training.loss import IGNORE
 from vllm_medusa.training.progress import progress_bar
-
-if TYPE_CHECKING:
-    from vllm_medusa.training.hidden_shards import ShardedRows
+from vllm_medusa.training.sharded_rows import ShardedRows
 
 
 def label_rows(
@@ -56,7 +54,7 @@ class HiddenStateSet:
     """Rows of training data; rows of one conversation are consecutive, in token order."""
 
     # [rows, hidden], what the lm_head is fed at the row's position
-    hidden: Union[Tensor, "ShardedRows"]
+    hidden: Tensor | ShardedRows
     # [rows, num_heads + 1] int32 or int64, column 0: lm_head's token; IGNORE past the answer
     labels: Tensor
     # [num_conversations + 1] int64, conversation -> first row

@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_medusa.training.cli import HELD_OUT_FILE, add_tree_arguments, calibrate_heads
+from vllm_medusa.training.cli import (
+    HELD_OUT_FILE,
+    add_tree_arguments,
+    calibrate_heads,
+    read_answers,
+)
 from vllm_medusa.training.config_options import (
     add_config_options,
     config_from_options,
@@ -26,7 +31,7 @@ def add_train_joint_parser(subparsers: argparse._SubParsersAction) -> None:
         ),
     )
     parser.add_argument("--model", required=True, help="base model, folder or hub id")
-    parser.add_argument("--data", required=True, nargs="+", help="files written by distill")
+    parser.add_argument("--data", required=True, nargs="+", help="answers of distill, or chats")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--heads", type=Path, help="start from these heads, e.g. Medusa-1's")
     parser.add_argument("--held-out", type=int, default=2500, help="answers kept for calibration")
@@ -38,7 +43,6 @@ def add_train_joint_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run_train_joint(arguments: argparse.Namespace) -> None:
     """Train, export and calibrate."""
-    from vllm_medusa.training.conversations import ConversationSet
     from vllm_medusa.training.joint_trainer import JointTrainer
     from vllm_medusa.training.sequence_batches import SequenceData
 
@@ -47,9 +51,8 @@ def run_train_joint(arguments: argparse.Namespace) -> None:
         if arguments.resume
         else config_from_options(JointConfig, arguments)
     )
-    answers, held_out = ConversationSet.load(*arguments.data).split(
-        arguments.held_out, config.seed
-    )
+    loaded = read_answers(arguments.data, arguments.model)
+    answers, held_out = loaded.split(arguments.held_out, config.seed)
     data = SequenceData(answers, config.num_heads, config.max_length)
     model = _joint_model(arguments, config, answers)
     trainer = JointTrainer(config, model, data, arguments.output, cpu=arguments.device == "cpu")

@@ -61,13 +61,9 @@ def read_prompts(path: str | Path) -> PromptFile:
         For an empty file, one without a single usable prompt, and rows of an unknown layout.
     """
     path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(
-            f"prompt file {path} has suffix {path.suffix!r}; expected {', '.join(_SUFFIXES)}"
-        )
     found = PromptFile(path)
     number = 0
-    for number, row in enumerate(_rows(path), 1):
+    for number, row in enumerate(read_rows(path), 1):
         prompt = _prompt(row, f"{path}:{number}")
         if prompt.turns or prompt.token_ids:
             found.prompts.append(prompt)
@@ -79,7 +75,12 @@ def read_prompts(path: str | Path) -> PromptFile:
     return found
 
 
-def _rows(path: Path) -> Iterator[Any]:
+def read_rows(path: Path) -> Iterator[Any]:
+    """Yield the rows of a .txt, .jsonl, .json or .parquet file."""
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(
+            f"file {path} has suffix {path.suffix!r}; expected {', '.join(_SUFFIXES)}"
+        )
     if path.suffix == ".parquet":
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
@@ -88,13 +89,13 @@ def _rows(path: Path) -> Iterator[Any]:
             for batch in ParquetFile(path).iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
         except ArrowInvalid as error:
-            raise ValueError(f"prompt file {path} is no Parquet file: {error}") from None
+            raise ValueError(f"{path} is no Parquet file: {error}") from None
         return
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         rows = _decode(text, str(path)) if text.strip() else []
         if not isinstance(rows, list):
-            raise ValueError(f"prompt file {path} holds a {type(rows).__name__}; expected a list")
+            raise ValueError(f"{path} holds a {type(rows).__name__}; expected a list")
         yield from rows
         return
     for number, line in enumerate(text.splitlines(), 1):

@@ -43,7 +43,7 @@ def serve_prompts(
     Parameters
     ----------
     engine_args : dict
-        Keyword arguments of ``vllm.LLM``, speculation among them.
+        Keyword arguments of ``vllm.LLM``, with or without speculation.
     prompts : sequence of Prompt
     sampling : dict
         Keyword arguments of ``vllm.SamplingParams``.
@@ -89,9 +89,9 @@ def _run_engine(
     from vllm import LLM, SamplingParams
 
     text = any(prompt.token_ids is None for prompt in prompts)
-    llm = LLM(
-        **engine_args, skip_tokenizer_init=not text, per_request_spec_decode_metrics="detailed"
-    )
+    speculates = "speculative_config" in engine_args
+    metrics = {"per_request_spec_decode_metrics": "detailed"} if speculates else {}
+    llm = LLM(**engine_args, skip_tokenizer_init=not text, **metrics)
     chat = _chat_format(llm) if text else None
     params = SamplingParams(**sampling, detokenize=False)
     history: list[list[dict[str, str]]] = [[] for _ in prompts]
@@ -105,14 +105,14 @@ def _run_engine(
             completion = output.outputs[0]
             answer = ServedAnswer(
                 i, prompts[i].category, tuple(row), tuple(completion.token_ids),
-                tuple(completion.spec_decode_metrics.per_step_accepted),
+                tuple(completion.spec_decode_metrics.per_step_accepted) if speculates else (),
             )  # fmt: skip
             answers.append(asdict(answer))
             if chat is not None:
                 reply = chat.decode(list(completion.token_ids))
                 history[i].append({"role": "assistant", "content": reply})
     speculative = llm.llm_engine.vllm_config.speculative_config
-    return {"answers": answers, "paths": speculative.tree_paths}
+    return {"answers": answers, "paths": speculative.tree_paths if speculates else ()}
 
 
 def _chat_format(llm: Any) -> Any:
