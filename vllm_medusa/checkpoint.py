@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_medusa.checkpoint_error import CheckpointError
+from vllm_medusa.checkpoint_extras import read_extras
 from vllm_medusa.checkpoint_files import TensorSource, find_source
 from vllm_medusa.checkpoint_formats import FORMATS, classify_keys
 from vllm_medusa.checkpoint_save import convert_heads, save_heads
@@ -88,7 +89,9 @@ def _assemble(
     found_hidden = _hidden_size(reader, lm_head_keys, hidden_size, base_note)
     out_dtype = reader.resolve_dtype()
     token_map = read_token_map(reader)
-    lm_heads = _read_lm_heads(reader, lm_head_keys, found_hidden, out_dtype, token_map)
+    extras = read_extras(reader, num_heads, found_hidden, out_dtype)
+    width = found_hidden if extras.rank is None else extras.rank
+    lm_heads = _read_lm_heads(reader, lm_head_keys, width, out_dtype, token_map)
     vocab_size = _vocab_size(reader, lm_heads, token_map, vocab_size, base_note)
     if token_map is not None:
         check_token_map(reader, token_map, num_heads, vocab_size)
@@ -104,6 +107,8 @@ def _assemble(
         vocab_subset_size=None if token_map is None else token_map.shape[1],
         vocab_subset_per_head=token_map is not None and token_map.shape[0] > 1,
         dtype=out_dtype,
+        lm_head_rank=extras.rank,
+        sequential=extras.path_weight is not None,
     )
     places = [(layer, head) for layer in range(num_layers) for head in range(num_heads)]
     square = (found_hidden, found_hidden)
@@ -121,6 +126,8 @@ def _assemble(
         bias=stack(shape[:3], out_dtype, places, bias) if table.biases else None,
         lm_head=lm_heads,
         token_map=token_map,
+        lm_head_down=extras.lm_head_down,
+        path_weight=extras.path_weight,
         format=table.letter,
         source_files=_source_files(reader),
         tree_path=source.tree_path,
@@ -143,7 +150,8 @@ def _metadata(reader: HeadReader, tied: bool) -> dict[str, Any]:
 
 def _source_files(reader: HeadReader) -> tuple[Path, ...]:
     table = reader.table
-    keys = [*table.weights.values(), *table.lm_heads.values(), *table.maps.values()]
+    extras = (*table.lm_heads_down.values(), *table.path_weights.values())
+    keys = [*table.weights.values(), *table.lm_heads.values(), *table.maps.values(), *extras]
     return tuple(sorted({reader.source.file_of(key) for key in keys}))
 
 
@@ -184,12 +192,12 @@ def _hidden_size(
 def _read_lm_heads(
     reader: HeadReader,
     keys: list[str],
-    hidden_size: int,
+    width: int,
     dtype: torch.dtype,
     # [1 or num_heads, output_size]
     token_map: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    # -> [1 or num_heads, output_size, hidden_size]
+    # -> [1 or num_heads, output_size, width]
     if not keys:
         return None
     rows = reader.source.read(keys[0]).shape[0]
@@ -205,11 +213,11 @@ def _read_lm_heads(
         check_token_map(reader, token_map, len(keys), rows)
 
     def read(head: int) -> torch.Tensor:
-        matrix = reader.matrix(keys[head], (rows, hidden_size), dtype)
+        matrix = reader.matrix(keys[head], (rows, width), dtype)
         return matrix[token_map[0]] if cut else matrix
 
     places = [(head,) for head in range(len(keys))]
-    return stack((len(keys), subset, hidden_size), dtype, places, read)
+    return stack((len(keys), subset, width), dtype, places, read)
 
 
 def _vocab_size(

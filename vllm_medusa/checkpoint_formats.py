@@ -20,6 +20,7 @@ FORMATS = {
     "E2": "NVIDIA ModelOpt whole model (medusa_heads.*)",
     "F": "FR-Spec (token_id_remap)",
     "G": "speculators (t2d / d2t)",
+    "M": "vllm-medusa (low-rank or common lm_head, sequential heads)",
 }
 
 MAP_KEYS = ("token_map", "token_id_remap", "d2t", "t2d")
@@ -33,6 +34,11 @@ _NESTED = re.compile(
     r"(?P<part>weight|bias|weight_scale|input_scale)"
 )
 _BLOCK = re.compile(r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<part>weight|bias)")
+# What only format M has: `{head}.lm_head.weight` (or a common one), `{head}.lm_head_down.weight`,
+# `{head}.path.{place}.weight`.
+_OWN = re.compile(
+    r"(?:(?P<head>\d+)\.)?(?P<part>lm_head|lm_head_down|path\.(?P<place>\d+))\.weight"
+)
 _LM_HEAD = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
 
 # (pattern searched in the keys, what it is, what to do)
@@ -86,6 +92,12 @@ class KeyTable:
     scales: dict[str, str] = dataclasses.field(default_factory=dict)
     # one matrix for all heads: `lm_head.weight`
     common_lm_head: str | None = None
+    # whether lm_heads are named (M) and not at a position behind the layers
+    named_lm_heads: bool = False
+    # head -> key, [rank, hidden_size] (M)
+    lm_heads_down: dict[int, str] = dataclasses.field(default_factory=dict)
+    # (head, place on its path) -> key (M)
+    path_weights: dict[Place, str] = dataclasses.field(default_factory=dict)
 
     def weight_key(self, head: int, layer: int, part: str = "weight") -> str:
         """Return the key that head and layer have in this format."""
@@ -97,6 +109,8 @@ class KeyTable:
         """Return the key of a head's own lm_head in this format."""
         if self.flat:
             return f"{self.prefix}lm_heads.{head}.weight"
+        if self.letter == "M":
+            return f"{head}.lm_head.weight"
         return f"{self.prefix}{head}.{position}.weight"
 
 
@@ -146,8 +160,7 @@ def _classify_nested(keys: list[str], file: Path, prefix: str, letter: str) -> K
         if not key.startswith(prefix):
             continue  # B, E2: the base model's own tensors
         name = key.removeprefix(prefix)
-        if not prefix and name == "token_id_remap":
-            table.maps[name] = key
+        if not prefix and _take_own(table, name, key):
             continue
         match = _NESTED.fullmatch(name)
         if match is None or (match["part"] == "bias" and not match["linear"]):
@@ -169,7 +182,32 @@ def _classify_nested(keys: list[str], file: Path, prefix: str, letter: str) -> K
     return table
 
 
+def _take_own(table: KeyTable, name: str, key: str) -> bool:
+    """Sort a key that stands beside ``{head}.{layer}.linear.*``; False if it is none."""
+    if name in ("token_id_remap", "token_map"):
+        table.maps[name] = key
+        return True
+    match = _OWN.fullmatch(name)
+    if match is None or (match["head"] is None) != (name == "lm_head.weight"):
+        return False
+    if match["head"] is None:
+        table.common_lm_head = key
+        return True
+    head = int(match["head"])
+    if match["part"] == "lm_head":
+        table.lm_heads[head, 0] = key
+    elif match["part"] == "lm_head_down":
+        table.lm_heads_down[head] = key
+    else:
+        table.path_weights[head, int(match["place"])] = key
+    table.named_lm_heads = table.named_lm_heads or match["part"] == "lm_head"
+    return True
+
+
 def _digit_letter(table: KeyTable, file: Path) -> str:
+    named = table.named_lm_heads or table.common_lm_head or "token_map" in table.maps
+    if named or table.lm_heads_down or table.path_weights:
+        return "M"
     if table.maps:
         return "F"
     if not table.lm_heads:

@@ -26,6 +26,7 @@ SAVE_FORMATS = {
     "D": "model.safetensors",
     "F": HEADS_FILE,
     "G": "model.safetensors",
+    "M": HEADS_FILE,
 }
 
 
@@ -73,10 +74,10 @@ def save_heads(
             directory, None, f"other weights ({', '.join(others)})",
             f"an empty directory or one with {target.name}", "choose another directory",
         )
-    config = _config(weights, format) | dict(extra_config or {})
+    config = config_of(weights, format) | dict(extra_config or {})
     # Renaming is atomic: a reader never sees half a file.
     partial = target.with_suffix(".partial")
-    save_file(_named_tensors(weights, format), partial, metadata={"format": "pt"})
+    save_file(named_tensors(weights, format), partial, metadata={"format": "pt"})
     partial.replace(target)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return target
@@ -100,6 +101,16 @@ def what_would_be_lost(weights: HeadWeights, format: str) -> list[str]:
     """Name every part of the heads that ``format`` has no place for."""
     spec = weights.spec
     losses = []
+    if format != "M" and spec.lm_head_rank is not None:
+        losses.append("low-rank lm_heads (the format holds whole ones)")
+    if format != "M" and spec.sequential:
+        losses.append("sequential heads (the format has no path matrices)")
+    if format == "M":
+        if spec.num_layers == 0:
+            losses.append("no layers (the file would not tell the number of heads)")
+        if not (spec.own_lm_head or spec.sequential or spec.num_token_maps):
+            losses.append("nothing but layers (the file would be C2)")
+        return losses
     if spec.vocab_subset_per_head:
         losses.append("a token map per head (the format holds one for all heads)")
     if format in ("C2", "A-safetensors", "C1", "F"):
@@ -147,7 +158,8 @@ def _warn_of_readers(spec: HeadSpec, format: str) -> None:
         )
 
 
-def _named_tensors(weights: HeadWeights, format: str) -> dict[str, torch.Tensor]:
+def named_tensors(weights: HeadWeights, format: str) -> dict[str, torch.Tensor]:
+    """Tensors on the CPU under the names that ``format`` gives them."""
     spec = weights.spec
     flat = format in ("D", "G")
     tensors: dict[str, torch.Tensor] = {}
@@ -157,6 +169,9 @@ def _named_tensors(weights: HeadWeights, format: str) -> dict[str, torch.Tensor]
             tensors[f"{stem}.weight"] = weights.weight[layer, head]
             if weights.bias is not None:
                 tensors[f"{stem}.bias"] = weights.bias[layer, head]
+    if format == "M":
+        tensors |= _own_tensors(weights)
+        return {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
     for head in range(spec.num_lm_heads):
         key = f"lm_heads.{head}.weight" if flat else f"{head}.{spec.num_layers}.weight"
         tensors[key] = weights.lm_head[head]
@@ -172,7 +187,26 @@ def _named_tensors(weights: HeadWeights, format: str) -> dict[str, torch.Tensor]
     return {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
 
 
-def _config(weights: HeadWeights, format: str) -> dict[str, Any]:
+def _own_tensors(weights: HeadWeights) -> dict[str, torch.Tensor]:
+    spec = weights.spec
+    tensors: dict[str, torch.Tensor] = {}
+    for head in range(spec.num_lm_heads):
+        key = "lm_head.weight" if spec.common_lm_head else f"{head}.lm_head.weight"
+        tensors[key] = weights.lm_head[head]
+    for head in range(spec.num_heads if spec.lm_head_rank is not None else 0):
+        tensors[f"{head}.lm_head_down.weight"] = weights.lm_head_down[head]
+    if weights.path_weight is not None:
+        pairs = [(head, place) for head in range(spec.num_heads) for place in range(head + 1)]
+        for matrix, (head, place) in zip(weights.path_weight, pairs, strict=True):
+            tensors[f"{head}.path.{place}.weight"] = matrix
+    if weights.token_map is not None:
+        ids = weights.token_map
+        tensors["token_map"] = ids if spec.vocab_subset_per_head else ids[0]
+    return tensors
+
+
+def config_of(weights: HeadWeights, format: str) -> dict[str, Any]:
+    """What config.json says of the heads."""
     spec = weights.spec
     base = weights.metadata.get("base_model_name_or_path")
     config: dict[str, Any] = {} if base is None else {"base_model_name_or_path": base}
@@ -185,6 +219,8 @@ def _config(weights: HeadWeights, format: str) -> dict[str, Any]:
         config["vocab_size"] = spec.vocab_size
     if format == "C2":
         config["version"] = "2"
+    if format == "M":
+        config |= {"lm_head_rank": spec.lm_head_rank, "sequential": spec.sequential}
     return config
 
 

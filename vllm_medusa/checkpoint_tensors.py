@@ -89,7 +89,7 @@ class HeadReader:
                 f"an lm_head at position {extra}", f"all lm_heads at position {position}",
                 "save the heads again, all with the same number of layers",
             )
-        if table.flat or position == num_layers:
+        if table.flat or table.named_lm_heads or position == num_layers:
             return None
         if num_layers == 1 and position > 1:
             logger.warning(

@@ -16,7 +16,14 @@ from typing import Any
 
 from vllm_medusa import __version__
 from vllm_medusa.cli_heads import add_convert_parser, add_inspect_parser
-from vllm_medusa.training.cli import add_calibrate_parser, add_distill_parser, add_train_parser
+from vllm_medusa.training.cli import (
+    add_calibrate_parser,
+    add_distill_parser,
+    add_restrict_parser,
+    add_train_parser,
+)
+from vllm_medusa.training.eval_cli import add_eval_parser
+from vllm_medusa.training.joint_cli import add_train_joint_parser
 
 # Order of `vllm-medusa --help`.
 PARSERS = [
@@ -24,7 +31,10 @@ PARSERS = [
     add_convert_parser,
     add_distill_parser,
     add_train_parser,
+    add_train_joint_parser,
     add_calibrate_parser,
+    add_restrict_parser,
+    add_eval_parser,
 ]
 
 # argparse's own status for wrong usage; a bad checkpoint is wrong usage too.

@@ -7,7 +7,7 @@ from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
 # As vllm_medusa.checkpoint_save.SAVE_FORMATS, which --help should not have to import.
-TARGET_FORMATS = ("A-safetensors", "C1", "C2", "D", "F", "G")
+TARGET_FORMATS = ("A-safetensors", "C1", "C2", "D", "F", "G", "M")
 
 
 def add_inspect_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -31,7 +31,7 @@ def add_convert_parser(subparsers: argparse._SubParsersAction) -> None:
         description=(
             "Write heads in another format, bit for bit. C2: TGI v2 and vllm-medusa, shared "
             "lm_head. C1, A-safetensors: TGI v1 and FasterDecoding, own lm_heads. D: vLLM. "
-            "F: FR-Spec. G: speculators."
+            "F: FR-Spec. G: speculators. M: vllm-medusa, every kind of heads."
         ),
     )
     parser.add_argument("source", metavar="SRC", help="directory, weights file or hub id")
@@ -103,6 +103,8 @@ def summarise(weights) -> dict[str, Any]:
         "lm_head": "one own per head"
         if spec.own_lm_head and not spec.common_lm_head
         else lm_head[spec.num_lm_heads],
+        "lm_head_rank": spec.lm_head_rank,
+        "sequential": spec.sequential,
         "bias": spec.bias,
         "dtype": str(spec.dtype).removeprefix("torch."),
         "dequantised_from_fp8": bool(weights.metadata.get("dequantised")),

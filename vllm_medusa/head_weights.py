@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+# Tensor fields of HeadWeights, which MedusaHeads holds under the same names.
+TENSORS = ("weight", "bias", "lm_head", "token_map", "lm_head_down", "path_weight")
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadSpec:
@@ -37,6 +40,10 @@ class HeadSpec:
         Whether every head has a subset of its own.
     dtype
         Of every weight.
+    lm_head_rank
+        r when own lm_heads are products ``[V', r] · [r, d]`` (SlimSpec), else None.
+    sequential
+        Whether head k also sees the tokens on the path up to its own (Hydra).
     """
 
     num_heads: int
@@ -49,6 +56,8 @@ class HeadSpec:
     vocab_subset_size: int | None = None
     vocab_subset_per_head: bool = False
     dtype: torch.dtype = torch.bfloat16
+    lm_head_rank: int | None = None
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("num_heads", 1), ("num_layers", 0), ("hidden_size", 1)):
@@ -62,6 +71,15 @@ class HeadSpec:
             )
         if self.common_lm_head and not self.own_lm_head:
             raise ValueError("HeadSpec.common_lm_head: True needs own_lm_head=True")
+        if self.lm_head_rank is not None and not (
+            self.own_lm_head and 1 <= self.lm_head_rank <= self.hidden_size
+        ):
+            raise ValueError(
+                f"HeadSpec.lm_head_rank: found {self.lm_head_rank}, expected own lm_heads and "
+                f"1..hidden_size ({self.hidden_size})"
+            )
+        if self.sequential and self.num_layers == 0:
+            raise ValueError("HeadSpec.sequential: True needs num_layers of at least 1")
         if self.vocab_subset_per_head and self.vocab_subset_size is None:
             raise ValueError("HeadSpec.vocab_subset_per_head: True needs vocab_subset_size")
         if self.own_lm_head and self.output_size is None:
@@ -90,6 +108,16 @@ class HeadSpec:
         return 1 if self.common_lm_head else self.num_heads
 
     @property
+    def lm_head_width(self) -> int:
+        """Columns of an own lm_head: its rank, or the hidden size."""
+        return self.hidden_size if self.lm_head_rank is None else self.lm_head_rank
+
+    @property
+    def num_path_weights(self) -> int:
+        """Matrices of sequential heads: head k has one for each of its k path tokens."""
+        return self.num_heads * (self.num_heads + 1) // 2 if self.sequential else 0
+
+    @property
     def num_token_maps(self) -> int:
         """Number of vocabulary subsets held: 0, 1 (common) or K."""
         if self.vocab_subset_size is None:
@@ -100,8 +128,10 @@ class HeadSpec:
     def num_parameters(self) -> int:
         """Number of trained weights (token maps are not)."""
         layer = self.hidden_size * (self.hidden_size + int(self.bias))
-        lm_head = self.hidden_size * (self.output_size or 0)
-        return self.num_heads * self.num_layers * layer + self.num_lm_heads * lm_head
+        lm_heads = self.num_lm_heads * self.lm_head_width * (self.output_size or 0)
+        down = self.num_heads * (self.lm_head_rank or 0) * self.hidden_size
+        paths = self.num_path_weights * self.hidden_size**2
+        return self.num_heads * self.num_layers * layer + lm_heads + down + paths
 
 
 @dataclasses.dataclass
@@ -122,10 +152,14 @@ class HeadWeights:
     weight: torch.Tensor
     # [num_layers, num_heads, hidden_size], spec.dtype
     bias: torch.Tensor | None = None
-    # [num_lm_heads, output_size, hidden_size], spec.dtype
+    # [num_lm_heads, output_size, lm_head_width], spec.dtype
     lm_head: torch.Tensor | None = None
     # [num_token_maps, output_size] int64: head's vocabulary id -> base vocabulary id
     token_map: torch.Tensor | None = None
+    # [num_heads, lm_head_rank, hidden_size], spec.dtype
+    lm_head_down: torch.Tensor | None = None
+    # [num_path_weights, hidden_size, hidden_size], spec.dtype: head 1's one matrix, head 2's two..
+    path_weight: torch.Tensor | None = None
     format: str = "C2"
     source_files: tuple[Path, ...] = ()
     tree_path: Path | None = None
@@ -137,8 +171,16 @@ class HeadWeights:
         wanted = {
             "weight": ((*stack, spec.hidden_size), spec.dtype),
             "bias": (stack, spec.dtype) if spec.bias else None,
-            "lm_head": ((spec.num_lm_heads, spec.output_size, spec.hidden_size), spec.dtype)
+            "lm_head": ((spec.num_lm_heads, spec.output_size, spec.lm_head_width), spec.dtype)
             if spec.own_lm_head
+            else None,
+            "lm_head_down": ((spec.num_heads, spec.lm_head_rank, spec.hidden_size), spec.dtype)
+            if spec.lm_head_rank is not None
+            else None,
+            "path_weight": (
+                (spec.num_path_weights, spec.hidden_size, spec.hidden_size), spec.dtype
+            )
+            if spec.sequential
             else None,
             "token_map": ((spec.num_token_maps, spec.vocab_subset_size), torch.int64)
             if spec.num_token_maps
@@ -171,10 +213,14 @@ class HeadWeights:
             bias=None if self.bias is None else self.bias[:, :num_heads],
             lm_head=cut(self.lm_head),
             token_map=cut(self.token_map),
+            lm_head_down=cut(self.lm_head_down),
+            path_weight=None
+            if self.path_weight is None
+            else self.path_weight[: num_heads * (num_heads + 1) // 2],
         )
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.weight, self.bias, self.lm_head, self.token_map)
+        tensors = (getattr(self, name) for name in TENSORS)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)

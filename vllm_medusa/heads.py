@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vllm_medusa.head_weights import HeadSpec, HeadWeights
+from vllm_medusa.head_weights import TENSORS, HeadSpec, HeadWeights
+from vllm_medusa.heads_path import check_path, path_updates
 
 
 class MedusaHeads(nn.Module):
@@ -43,11 +44,21 @@ class MedusaHeads(nn.Module):
         self.weight = nn.Parameter(torch.zeros(*stack, spec.hidden_size, **float_kwargs))
         # [num_layers, num_heads, hidden_size]
         self.bias = nn.Parameter(torch.zeros(stack, **float_kwargs)) if spec.bias else None
-        # [1 or num_heads, output_size, hidden_size]
+        # [1 or num_heads, output_size, lm_head_width]
         self.lm_head = None
         if spec.own_lm_head:
-            shape = (spec.num_lm_heads, spec.output_size, spec.hidden_size)
+            shape = (spec.num_lm_heads, spec.output_size, spec.lm_head_width)
             self.lm_head = nn.Parameter(torch.zeros(shape, **float_kwargs))
+        # [num_heads, lm_head_rank, hidden_size]
+        self.lm_head_down = None
+        if spec.lm_head_rank is not None:
+            shape = (spec.num_heads, spec.lm_head_rank, spec.hidden_size)
+            self.lm_head_down = nn.Parameter(torch.zeros(shape, **float_kwargs))
+        # [num_path_weights, hidden_size, hidden_size]
+        self.path_weight = None
+        if spec.sequential:
+            shape = (spec.num_path_weights, spec.hidden_size, spec.hidden_size)
+            self.path_weight = nn.Parameter(torch.zeros(shape, **float_kwargs))
         # [1 or num_heads, output_size] int64: head's vocabulary id -> base vocabulary id
         self.register_buffer("token_map", None)
         if spec.num_token_maps:
@@ -71,7 +82,7 @@ class MedusaHeads(nn.Module):
                 f"weights: found {weights.spec}, expected {self.spec}; build the heads with "
                 "MedusaHeads.from_weights"
             )
-        for name in ("weight", "bias", "lm_head", "token_map"):
+        for name in TENSORS:
             source = getattr(weights, name)
             if source is not None:
                 getattr(self, name).copy_(source)
@@ -86,7 +97,7 @@ class MedusaHeads(nn.Module):
         """
         tensors = {
             name: tensor.detach().to("cpu", copy=True)
-            for name in ("weight", "bias", "lm_head", "token_map")
+            for name in TENSORS
             if (tensor := getattr(self, name)) is not None
         }
         return HeadWeights(self.spec, **tensors, **fields)
@@ -103,6 +114,8 @@ class MedusaHeads(nn.Module):
                 "copy_lm_head: these heads share the base's lm_head, there is nothing to fill; "
                 "build them with own_lm_head=True"
             )
+        if self.lm_head_down is not None:
+            raise ValueError("copy_lm_head: a low-rank lm_head cannot hold the base's; train it")
         if self.token_map is not None:
             lm_head_weight = lm_head_weight[self.token_map]
         self.lm_head.copy_(lm_head_weight.expand_as(self.lm_head))
@@ -111,9 +124,13 @@ class MedusaHeads(nn.Module):
         self,
         # [num_tokens, hidden_size], spec.dtype
         hidden: torch.Tensor,
+        # [num_tokens, num_heads, hidden_size]; only for sequential heads: the embeddings of the
+        # root's token and of the path below it, of which head k sees the first k
+        path_embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the heads' hidden states, [num_heads, num_tokens, hidden_size]."""
         spec = self.spec
+        check_path(spec, hidden.shape[0], path_embeddings)
         if hidden.ndim != 2 or hidden.shape[1] != spec.hidden_size or hidden.dtype != spec.dtype:
             raise ValueError(
                 f"hidden: found {list(hidden.shape)} {hidden.dtype}, expected [num_tokens, "
@@ -129,6 +146,8 @@ class MedusaHeads(nn.Module):
             if layer == 0:
                 flat_weight = self.weight[0].flatten(0, 1)
                 update = functional.linear(hidden, flat_weight).view_as(states)
+                if self.path_weight is not None:
+                    update = update + path_updates(self.path_weight, path_embeddings)
             else:
                 update = torch.einsum("nkd,ked->nke", states, self.weight[layer])
             if bias is not None:
@@ -142,6 +161,8 @@ class MedusaHeads(nn.Module):
         hidden: torch.Tensor,
         # [vocab_size, hidden_size]; the base's, only for heads without own lm_heads
         lm_head_weight: torch.Tensor | None = None,
+        # as for forward_hidden
+        path_embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return logits [num_tokens, num_heads, output_size] in the heads' vocabulary."""
         if (lm_head_weight is None) == (self.lm_head is None):
@@ -150,7 +171,7 @@ class MedusaHeads(nn.Module):
                 f"own_lm_head is {self.spec.own_lm_head}; give the base's lm_head exactly to "
                 "heads that have none"
             )
-        states = self.forward_hidden(hidden)
+        states = self.forward_hidden(hidden, path_embeddings)
         if lm_head_weight is None:
             return self._own_logits(states)
         if self.token_map is not None:
@@ -164,6 +185,8 @@ class MedusaHeads(nn.Module):
         num_top: int,
         # [m, hidden_size] -> [m, vocab_size]
         apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        # [num_tokens, num_heads, hidden_size]; only for sequential heads
+        path_embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return each head's most likely tokens, best first.
 
@@ -176,13 +199,16 @@ class MedusaHeads(nn.Module):
         apply_lm_head
             The base's lm_head, [m, hidden_size] -> logits [m, vocab_size] (gathered
             over tensor-parallel ranks); needed without own lm_heads, else unused.
+        path_embeddings
+            As for ``forward_hidden``, where one path is known (ranking answers); to draft a tree
+            with sequential heads use ``sequential_draft.draft_tree``.
 
         Returns
         -------
         torch.Tensor
             [num_tokens, num_heads, num_top] int64 ids of the base vocabulary.
         """
-        logits = self._draft_logits(hidden, apply_lm_head)
+        logits = self._draft_logits(hidden, apply_lm_head, path_embeddings)
         if not 1 <= num_top <= logits.shape[-1]:
             raise ValueError(
                 f"num_top: found {num_top}, expected 1..{logits.shape[-1]} (the heads' "
@@ -195,22 +221,25 @@ class MedusaHeads(nn.Module):
         maps = self.token_map.expand(ids.shape[0], self.spec.num_heads, -1)
         return maps.gather(2, ids)
 
-    def _draft_logits(self, hidden, apply_lm_head) -> torch.Tensor:
+    def _draft_logits(self, hidden, apply_lm_head, path_embeddings=None) -> torch.Tensor:
         # -> [num_tokens, num_heads, output_size]
         if self.lm_head is not None:
-            return self._own_logits(self.forward_hidden(hidden))
+            return self._own_logits(self.forward_hidden(hidden, path_embeddings))
         if apply_lm_head is None:
             raise ValueError(
                 "apply_lm_head: found None, but these heads have no lm_head of their own; pass a "
                 "callable that applies the base's"
             )
-        states = self.forward_hidden(hidden).transpose(0, 1)
+        states = self.forward_hidden(hidden, path_embeddings).transpose(0, 1)
         logits = apply_lm_head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         if self.token_map is None:
             return logits
         return logits.gather(2, self.token_map.expand(*logits.shape[:2], -1))
 
     def _own_logits(self, states: torch.Tensor) -> torch.Tensor:
+        if self.lm_head_down is not None:
+            # [num_heads, num_tokens, rank]
+            states = torch.bmm(states, self.lm_head_down.transpose(1, 2))
         return _apply_lm_head(states, self.lm_head)
 
 

@@ -1,7 +1,6 @@
 """Prompts and the conversation loop, against an engine that answers from a script."""
 
 import itertools
-import json
 import re
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ from vllm_medusa.training.chat_format import ChatFormat
 from vllm_medusa.training.config import DistillConfig
 from vllm_medusa.training.generate import Distiller, greedy_answers
 from vllm_medusa.training.prompt_data import PATTERN_GROUPS, SLOTS
-from vllm_medusa.training.prompts import TestQuestionGuard, read_prompt_file, template_prompts
+from vllm_medusa.training.prompts import TestQuestionGuard, template_prompts
 
 pytest.importorskip("vllm", reason="requests carry vLLM's SamplingParams")
 
@@ -203,18 +202,3 @@ def test_guard_knows_runs_of_words_and_short_questions():
     assert guard.is_copy("say hello")
     assert not guard.is_copy("one two three and four five")
     assert not guard.is_copy("say hello to them")
-
-
-def test_prompt_files(tmp_path):
-    (tmp_path / "a.txt").write_text("first\n\nsecond\n")
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "m"}]
-    rows = ["plain", {"prompt": "p"}, {"turns": ["t", "u"]}, {"messages": messages}]
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read_prompt_file(tmp_path / "a.txt") == [["first"], ["second"]]
-    assert read_prompt_file(tmp_path / "b.jsonl") == [["plain"], ["p"], ["t", "u"], ["m"]]
-    (tmp_path / "c.jsonl").write_text('{"question": 1}\n')
-    with pytest.raises(ValueError, match=r"c\.jsonl:1: expected a string or an object"):
-        read_prompt_file(tmp_path / "c.jsonl")
-    (tmp_path / "d.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"suffix '\.csv'"):
-        read_prompt_file(tmp_path / "d.csv")

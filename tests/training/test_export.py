@@ -73,11 +73,3 @@ def test_tree_file_reads_back_in_order(tmp_path):
     assert content["source"] == "a test"
     assert content["expected_tokens_per_step"] == round(tree.count.tokens_per_step, 4)
     assert len(content["frequencies"]) == 20
-
-
-def test_own_lm_heads_are_refused():
-    from vllm_medusa.head_weights import HeadSpec
-
-    spec = HeadSpec(2, 1, 4, vocab_size=7, own_lm_head=True, dtype=torch.float32)
-    with pytest.raises(ValueError, match="output matrices or a vocabulary subset of its own"):
-        TrainableHeads.from_weights(MedusaHeads(spec).to_weights())

@@ -1,5 +1,7 @@
 """Calibration divisors, tree search, and the simulation against a plain step-by-step one."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,13 @@ from vllm_medusa.training.calibrate import (
 from vllm_medusa.training.hidden_states import HiddenStateSet
 from vllm_medusa.training.simulate import (
     accepted_depths,
+    accepted_shares,
     per_conversation,
     simulate_budgets,
     visited_rows,
 )
 from vllm_medusa.training.trainable_heads import TrainableHeads
+from vllm_medusa.tree import TokenTree
 
 TREE = ((0,), (0, 0), (1,), (0, 1), (0, 0, 0), (2,), (1, 0))
 
@@ -100,6 +104,15 @@ def test_budgets_never_lose_by_more_nodes():
     assert steps == sorted(steps, reverse=True)
 
 
+def test_shares_of_accepted_nodes_add_up_to_the_tokens():
+    _, _, ranks = _answers(3, count=50)
+    shares = dict(zip(TREE, accepted_shares(ranks.ranks, ranks.offsets, TREE), strict=True))
+    rows, count = visited_rows(accepted_depths(ranks.ranks, TREE), ranks.offsets)
+    assert all(shares[path] <= shares.get(path[:-1], 1.0) for path in TREE)
+    assert 1 + sum(shares.values()) == pytest.approx(count.tokens_per_step)
+    assert len(rows) == count.steps
+
+
 def test_each_head_is_divided_by_its_own_labels():
     ranks = np.array([[0, 1], [0, MISSED], [1, 0], [0, MISSED]])
     has_label = np.array([[1, 1], [1, 0], [1, 1], [1, 1]], bool)
@@ -141,3 +154,31 @@ def test_search_returns_parents_first():
     for i, path in enumerate(tree.paths):
         assert len(path) == 1 or path[:-1] in tree.paths[:i]
     assert list(tree.frequencies) == sorted(tree.frequencies, reverse=True)
+
+
+def _trees(depth, width, size):
+    """Every tree of ``size`` nodes with at most ``width`` children a node."""
+    nodes = [p for d in range(1, depth + 1) for p in itertools.product(range(width), repeat=d)]
+    for chosen in itertools.combinations(nodes, size):
+        if all(len(path) == 1 or path[:-1] in chosen for path in chosen):
+            yield chosen
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_joint_search_is_optimal_against_all_trees(size):
+    rng = np.random.default_rng(size)
+    ranks = rng.choice([0, 0, 1, MISSED], (60, 3))
+    found = joint_best_first(ranks, size)
+    best = max(accepted_depths(ranks, tree).sum() for tree in _trees(3, 2, size))
+    assert accepted_depths(ranks, [path for path, _ in found]).sum() == best
+    # Expected tokens a step are one plus the nodes' frequencies.
+    assert sum(value for _, value in found) == pytest.approx(best / 60)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_product_search_is_optimal_against_all_trees(size):
+    table = np.sort(np.random.default_rng(size).dirichlet([1, 1, 1], 3)[:, :2])[:, ::-1].tolist()
+    found = TokenTree.best_first(table, size)
+    best = max(TokenTree.from_paths(t).expected_tokens(table) for t in _trees(3, 2, size))
+    assert found.expected_tokens(table) == pytest.approx(best)
+    assert TokenTree.best_first(table, 5).paths[:size] == found.paths

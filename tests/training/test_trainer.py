@@ -111,14 +111,6 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert trainer.learning_rate(1.0) == pytest.approx(0.0)
 
 
-def test_checkpoint_names():
-    tensors = TrainableHeads(2, 2, 4).checkpoint_tensors()
-    assert set(tensors) == {
-        f"{h}.{layer}.linear.{part}" for h in "01" for layer in "01" for part in ("weight", "bias")
-    }
-    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
-
-
 @pytest.mark.parametrize(
     "config", [TrainConfig(num_heads=5, max_seconds=3.5), DistillConfig(seed=7)],
     ids=["train", "distill"],

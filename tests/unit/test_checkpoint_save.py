@@ -21,27 +21,38 @@ from vllm_medusa.checkpoint import (
     save_heads,
 )
 from vllm_medusa.checkpoint_save import SAVE_FORMATS
+from vllm_medusa.head_weights import TENSORS
 
 LETTER = {"A-safetensors": "C1"} | {name: name for name in SAVE_FORMATS if name != "A-safetensors"}
-FIELDS = ("weight", "bias", "lm_head", "token_map")
 
 # Every kind of heads, and the formats with room for it.
 KINDS = {
-    "own": ({"own_lm_head": True}, {"A-safetensors", "C1", "D", "G"}),
-    "own, bias": ({"own_lm_head": True, "bias": True}, {"A-safetensors", "C1", "D", "G"}),
-    "own, 2 layers": ({"own_lm_head": True, "num_layers": 2}, {"A-safetensors", "C1", "D", "G"}),
+    "own": ({"own_lm_head": True}, {"A-safetensors", "C1", "D", "G", "M"}),
+    "own, bias": ({"own_lm_head": True, "bias": True}, {"A-safetensors", "C1", "D", "G", "M"}),
+    "own, 2 layers": (
+        {"own_lm_head": True, "num_layers": 2},
+        {"A-safetensors", "C1", "D", "G", "M"},
+    ),
     "own, no layers": ({"own_lm_head": True, "num_layers": 0}, {"A-safetensors", "C1", "D", "G"}),
-    "own, subset": ({"own_lm_head": True, "bias": True, "subset": 1}, {"D", "F", "G"}),
-    "common": ({"own_lm_head": True, "common_lm_head": True}, {"D", "G"}),
+    "own, subset": ({"own_lm_head": True, "bias": True, "subset": 1}, {"D", "F", "G", "M"}),
+    "common": ({"own_lm_head": True, "common_lm_head": True}, {"D", "G", "M"}),
     "common, subset": (
         {"own_lm_head": True, "common_lm_head": True, "subset": 1},
-        {"D", "G"},
+        {"D", "G", "M"},
     ),
     "shared": ({"bias": True}, {"C2", "G"}),
     "shared, 2 layers": ({"bias": True, "num_layers": 2}, {"C2", "G"}),
-    "shared, subset": ({"subset": 1}, {"G"}),
+    "shared, subset": ({"subset": 1}, {"G", "M"}),
     "shared, no layers": ({"num_layers": 0}, set()),
-    "subset per head": ({"own_lm_head": True, "subset": K}, set()),
+    "subset per head": ({"own_lm_head": True, "subset": K}, {"M"}),
+    "low rank": ({"own_lm_head": True, "lm_head_rank": 2}, {"M"}),
+    "low rank, common": (
+        {"own_lm_head": True, "common_lm_head": True, "lm_head_rank": 2, "bias": True},
+        {"M"},
+    ),
+    "low rank, subset": ({"own_lm_head": True, "lm_head_rank": 2, "subset": 1}, {"M"}),
+    "sequential": ({"sequential": True, "bias": True, "num_layers": 2}, {"M"}),
+    "sequential, own": ({"sequential": True, "own_lm_head": True}, {"M"}),
 }
 
 
@@ -60,7 +71,11 @@ def make_weights(num_layers=1, subset=0, dtype=torch.bfloat16, **fields) -> Head
         spec,
         weight=rand(num_layers, K, D, D),
         bias=rand(num_layers, K, D) if spec.bias else None,
-        lm_head=rand(spec.num_lm_heads, spec.output_size, D) if spec.own_lm_head else None,
+        lm_head=rand(spec.num_lm_heads, spec.output_size, spec.lm_head_width)
+        if spec.own_lm_head
+        else None,
+        lm_head_down=rand(K, spec.lm_head_rank, D) if spec.lm_head_rank else None,
+        path_weight=rand(spec.num_path_weights, D, D) if spec.sequential else None,
         token_map=torch.tensor(SUBSET).repeat(subset, 1) if subset else None,
         metadata={"base_model_name_or_path": "maker/base-7b"},
     )
@@ -68,7 +83,7 @@ def make_weights(num_layers=1, subset=0, dtype=torch.bfloat16, **fields) -> Head
 
 def assert_same(found: HeadWeights, expected: HeadWeights) -> None:
     assert found.spec == expected.spec
-    for name in FIELDS:
+    for name in TENSORS:
         left, right = getattr(found, name), getattr(expected, name)
         assert (left is None) == (right is None), name
         if left is not None:

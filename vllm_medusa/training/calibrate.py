@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.training.hidden_states import HiddenStateSet
 from vllm_medusa.training.loss import IGNORE
+from vllm_medusa.training.path_tokens import path_embeddings
 from vllm_medusa.training.progress import progress_bar
 from vllm_medusa.training.simulate import Path_, StepCount, accepted_depths, visited_rows
 from vllm_medusa.training.trainable_heads import TrainableHeads
@@ -41,37 +43,57 @@ class HeadRanks:
         return hits / counts[:, None]
 
 
+# Logits that exist at once while ranking: 2**27 take 0.5 GB in float32.
+_LOGITS_AT_ONCE = 2**27
+
+
 @torch.inference_mode()
 def rank_labels(
-    heads: TrainableHeads,
+    heads: TrainableHeads | MedusaHeads,
     data: HiddenStateSet,
     lm_head_weight: Tensor,
     max_rank: int = 10,
-    batch_rows: int = 4096,
+    batch_rows: int | None = None,
+    embeddings: Tensor | None = None,
 ) -> HeadRanks:
     """Rank of every head's label among the head's ``max_rank`` most likely tokens.
 
+    The ranking runs through ``MedusaHeads.top_tokens``, the code that serves.
+
     Parameters
     ----------
-    heads : TrainableHeads
+    heads : TrainableHeads or MedusaHeads
     data : HiddenStateSet
         Labels for at least as many heads as ``heads`` has.
     lm_head_weight : Tensor
         [vocab, hidden], dtype of ``data.hidden``.
+    embeddings : Tensor, optional
+        [vocab, hidden] input embeddings, for sequential heads.
     """
-    num_heads = heads.num_heads
+    if isinstance(heads, TrainableHeads):
+        weights = heads.to_weights(lm_head_weight.shape[0], data.hidden.dtype)
+        heads = MedusaHeads.from_weights(weights, data.hidden.device)
+    num_heads = heads.spec.num_heads
+    max_rank = min(max_rank, heads.spec.output_size or lm_head_weight.shape[0])
+    batch_rows = batch_rows or max(1, _LOGITS_AT_ONCE // (num_heads * lm_head_weight.shape[0]))
     ranks = np.full((data.num_rows, num_heads), MISSED, np.int16)
     labels = data.labels[:, 1 : num_heads + 1].long()
+
+    weight_dtype = lm_head_weight.dtype
+
+    def apply_lm_head(states: Tensor) -> Tensor:
+        return functional.linear(states, lm_head_weight)
+
     with progress_bar("ranking", data.num_rows) as advance:
         for start in range(0, data.num_rows, batch_rows):
             rows = slice(start, min(start + batch_rows, data.num_rows))
-            states = heads(data.hidden[rows])
-            for k in range(num_heads):
-                logits = functional.linear(states[k], lm_head_weight)
-                top = logits.topk(max_rank, dim=1).indices
-                hits = top == labels[rows, k : k + 1]
-                rank = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), MISSED)
-                ranks[rows, k] = rank.to(torch.int16).cpu().numpy()
+            path = None
+            if heads.spec.sequential:
+                path = path_embeddings(data.labels[rows], num_heads, embeddings).to(weight_dtype)
+            top = heads.top_tokens(data.hidden[rows], max_rank, apply_lm_head, path)
+            hits = top == labels[rows].unsqueeze(2)
+            rank = torch.where(hits.any(dim=2), hits.int().argmax(dim=2), MISSED)
+            ranks[rows] = rank.to(torch.int16).cpu().numpy()
             advance(rows.stop - start)
     return HeadRanks(ranks, (labels != IGNORE).cpu().numpy(), data.offsets, max_rank)
 

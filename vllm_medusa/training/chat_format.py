@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import numpy as np
+from jinja2 import TemplateError
+
 # A text no template or tokenizer rewrites; marks where the user's words would go.
 _MARK = "MEDUSAUSERTURNMARK"
 
@@ -51,6 +54,53 @@ class ChatFormat:
                 "prints it unchanged. Use prompt files or template prompts instead"
             )
         return self._encode(head)
+
+    def render_answers(self, messages: list[Message]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Ids of a whole chat and which of them the assistant wrote.
+
+        Returns
+        -------
+        tuple or None
+            [length] int32 ids and [length] bool mask of the assistant's words with the token
+            that ends each turn. None when the template refuses the chat, or renders it so that
+            a longer chat does not begin like a shorter one.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            spans = [
+                span
+                for i, message in enumerate(messages)
+                if message["role"] == "assistant"
+                for span in [self._answer_span(messages, i, text)]
+            ]
+        except (ValueError, TypeError, KeyError, TemplateError):
+            return None
+        if None in spans:
+            return None
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = np.array([start for start, _ in encoded["offset_mapping"]])
+        mask = np.zeros(len(starts), bool)
+        ids = np.array(encoded["input_ids"], np.int32)
+        for start, end in spans:
+            inside = (starts >= start) & (starts < end)
+            # What the template puts behind the end-of-turn token, nobody wrote.
+            ends = np.flatnonzero(inside & np.isin(ids, list(self.end_ids)))
+            if len(ends):
+                inside[ends[0] + 1 :] = False
+            mask |= inside
+        return ids, mask
+
+    def _answer_span(
+        self, messages: list[Message], index: int, text: str
+    ) -> tuple[int, int] | None:
+        """Characters of an answer with its end of turn within the whole chat's text."""
+        before = self.tokenizer.apply_chat_template(
+            messages[:index], tokenize=False, add_generation_prompt=True
+        )
+        after = self.tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        if not after.startswith(before) or not text.startswith(after):
+            return None
+        return len(before), len(after)
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens and outer blanks."""

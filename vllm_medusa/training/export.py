@@ -1,4 +1,4 @@
-"""Writes trained heads and their tree as a checkpoint directory (format C2)."""
+"""Writes trained heads and their tree as a checkpoint directory."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vllm_medusa.checkpoint_save import config_of, named_tensors, what_would_be_lost
+from vllm_medusa.head_weights import HeadWeights
 from vllm_medusa.training.calibrate import CalibratedTree, HeadRanks
+from vllm_medusa.training.simulate import accepted_shares, simulate_budgets
 from vllm_medusa.training.trainable_heads import TrainableHeads
 from vllm_medusa.tree import TokenTree
 
@@ -22,7 +25,7 @@ def export_heads(
     base_model: str | None = None,
     max_file_bytes: int = 4 * 2**20,
 ) -> list[Path]:
-    """Write config.json and bf16 weights ``{head}.{layer}.linear.weight`` / ``.bias``.
+    """Write config.json and bf16 weights in format C2, or M for kinds that C2 cannot hold.
 
     Parameters
     ----------
@@ -46,7 +49,9 @@ def export_heads(
     directory.mkdir(parents=True, exist_ok=True)
     for old in [*directory.glob(f"{_STEM}*.safetensors"), directory / _INDEX]:
         old.unlink(missing_ok=True)
-    shards = _shards(heads, max_file_bytes)
+    weights = heads.to_weights(vocab_size)
+    format = export_format(weights)
+    shards = _shards(named_tensors(weights, format), max_file_bytes)
     names = [f"{_STEM}.safetensors"]
     if len(shards) > 1:
         total = len(shards)
@@ -59,9 +64,7 @@ def export_heads(
     for name, part in zip(names, shards, strict=True):
         save_file(part, directory / name, metadata={"format": "pt"})
     config: dict[str, Any] = {
-        "medusa_num_heads": heads.num_heads, "medusa_num_layers": heads.num_layers,
-        "hidden_size": heads.weight.shape[-1], "vocab_size": vocab_size, "version": "2",
-        "torch_dtype": "bfloat16",
+        **config_of(weights, format), "version": "2", "torch_dtype": "bfloat16",
     }  # fmt: skip
     if base_model is not None:
         config = {"base_model_name_or_path": base_model, **config}
@@ -69,11 +72,18 @@ def export_heads(
     return [directory / name for name in names]
 
 
-def _shards(heads: TrainableHeads, max_file_bytes: int) -> list[dict[str, Tensor]]:
+def export_format(weights: HeadWeights) -> str:
+    """Format that holds the heads: the widest spread one, C2, where it can."""
+    return "M" if what_would_be_lost(weights, "C2") else "C2"
+
+
+def _shards(tensors: dict[str, Tensor], max_file_bytes: int) -> list[dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        head = key.partition(".")[0]
+        parts.setdefault(head if head.isdigit() else key, {})[key] = tensor
     shards: list[dict[str, Tensor]] = [{}]
-    tensors = heads.checkpoint_tensors()
-    for head in range(heads.num_heads):
-        part = {key: t for key, t in tensors.items() if key.startswith(f"{head}.")}
+    for part in parts.values():
         if shards[-1] and _num_bytes(shards[-1]) + _num_bytes(part) > max_file_bytes:
             shards.append({})
         shards[-1].update(part)
@@ -97,6 +107,18 @@ def export_tree(
         "expected_tokens_per_step": round(tree.count.tokens_per_step, 4),
         "calibration_steps": tree.count.steps,
         "frequencies": [round(value, 6) for value in tree.frequencies],
+        # share of the whole tree's steps that accept each node; unlike the frequencies, which
+        # the search ranks by, measured where these steps start
+        "accepted_shares": [
+            round(share, 6) for share in accepted_shares(ranks.ranks, ranks.offsets, tree.paths)
+        ],
+        # index n - 1: the first n nodes, exact on the calibration answers
+        "tokens_per_step_by_nodes": [
+            round(count.tokens_per_step, 4)
+            for count in simulate_budgets(
+                ranks.ranks, ranks.offsets, tree.paths, range(1, len(tree.paths) + 1)
+            ).values()
+        ],
         "accuracies": ranks.accuracies().round(6).tolist(),
     }
     found = TokenTree(tree.paths, metadata)

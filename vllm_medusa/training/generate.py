@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_medusa.training.answer_files import Answer
 from vllm_medusa.training.chat_format import ChatFormat, Message
 from vllm_medusa.training.config import DistillConfig
 from vllm_medusa.training.conversations import ConversationSet
+from vllm_medusa.training.journal import Journal
 from vllm_medusa.training.progress import progress_bar
 from vllm_medusa.training.prompts import TestQuestionGuard, follow_up
 
@@ -40,19 +42,32 @@ class Distiller:
     config : DistillConfig
     guard : TestQuestionGuard
         Drops user turns that repeat test questions.
+    journal : Journal, optional
+        Keeps every answer, and brings those of an earlier run.
     """
 
     def __init__(
-        self, engine: Any, chat: ChatFormat, config: DistillConfig, guard: TestQuestionGuard
+        self,
+        engine: Any,
+        chat: ChatFormat,
+        config: DistillConfig,
+        guard: TestQuestionGuard,
+        journal: Journal | None = None,
     ) -> None:
         self.engine, self.chat, self.config, self.guard = engine, chat, config, guard
-        self.rng = random.Random(config.seed)
+        self.journal = journal
+        self.answers: list[Answer] = list(journal.answers) if journal is not None else []
+        # A resumed run must draw other prompts than those that it began with.
+        self.rng = random.Random(f"{config.seed}-{len(self.answers)}" if self.answers
+                                 else config.seed)  # fmt: skip
         self.jobs: dict[str, _Job] = {}
-        self.pairs: list[tuple[list[int], list[int]]] = []
         self.counts = {"self_prompts": 0, "given_prompts": 0, "second_turns": 0, "dropped": 0}
         self._seen: set[str] = set()
         self._next_id = 0
-        self._first_turns = 0
+        # first turns that an earlier run answered
+        self._done = {
+            a.messages[-1]["content"].lower() for a in self.answers if len(_users(a.messages)) == 1
+        }
 
     def run(self, prompts: Iterable[Sequence[str]]) -> ConversationSet:
         """Generate until ``max_conversations`` answers, the last prompt or ``max_seconds``.
@@ -70,28 +85,44 @@ class Distiller:
         config, source = self.config, iter(prompts)
         started = time.monotonic()
         with progress_bar("answers", config.max_conversations) as advance:
-            while len(self.pairs) < config.max_conversations:
+            advance(len(self.answers))
+            self._continue_earlier()
+            while len(self.answers) < config.max_conversations:
                 expired = (
                     config.max_seconds is not None
                     and time.monotonic() - started > config.max_seconds
                 )
                 if expired or not self._refill(source):
                     break
-                before = len(self.pairs)
+                before = len(self.answers)
                 for output in self.engine.step():
                     if output.finished:
                         self._finish(self.jobs.pop(output.request_id), output.outputs[0])
-                advance(len(self.pairs) - before)
+                advance(len(self.answers) - before)
         if self.jobs:
             self.engine.abort_request(list(self.jobs))
             self.jobs.clear()
-        return ConversationSet.from_pairs(self.pairs[: config.max_conversations])
+        kept = self.answers[: config.max_conversations]
+        return ConversationSet.from_pairs((a.prompt_token_ids, a.answer_token_ids) for a in kept)
+
+    def _continue_earlier(self) -> None:
+        """Ask for the given turns that an earlier run was stopped before."""
+        asked = {_key(a.messages) for a in self.answers}
+        for answer in list(self.answers):
+            if not (answer.pending_turns and answer.finished and answer.kind == "greedy"):
+                continue
+            reply = self.chat.decode(answer.answer_token_ids)
+            messages = [*answer.messages, {"role": "assistant", "content": reply}]
+            following = {"role": "user", "content": answer.pending_turns[0]}
+            if _key([*messages, following]) not in asked:
+                turn = len(_users(messages))
+                self._ask_answer(turn, messages, list(answer.pending_turns))
 
     def _refill(self, source: Iterator[Sequence[str]]) -> bool:
         """Keep a quarter more requests queued than run at once; False when nothing is left."""
         wanted = self.config.max_num_seqs * 5 // 4
-        missing = self.config.max_conversations - len(self.pairs)
-        if not self.pairs and self.counts["dropped"] >= _HOPELESS_DROPS:
+        missing = self.config.max_conversations - len(self.answers)
+        if not self.answers and self.counts["dropped"] >= _HOPELESS_DROPS:
             raise ValueError(
                 f"{self.counts['dropped']} user turns were dropped and none was kept; expected "
                 "finished, new turns. Lower self_prompt_share and give prompt files"
@@ -105,6 +136,8 @@ class Distiller:
                 if self.config.self_prompt_share == 0:
                     break
                 continue
+            if turns[0].lower() in self._done:
+                continue
             self.counts["given_prompts"] += 1
             self._ask_answer(0, [], list(turns))
         return bool(self.jobs)
@@ -115,7 +148,7 @@ class Distiller:
     def _ask_answer(self, turn: int, messages: list[Message], turns: list[str]) -> None:
         text = turns[0]
         key = text.lower() if turn == 0 else ""
-        if key in self._seen or self.guard.is_copy(text):
+        if key in self._seen or key in self._done or self.guard.is_copy(text):
             self.counts["dropped"] += 1
             return
         if key:
@@ -151,7 +184,12 @@ class Distiller:
         if job.kind == "user":
             self._take_user_turn(job, ids, stopped)
             return
-        self.pairs.append((job.prompt_ids, ids))
+        answer = Answer(
+            job.messages, job.prompt_ids, ids, job.kind, stopped, tuple(job.pending_turns)
+        )
+        self.answers.append(answer)
+        if self.journal is not None:
+            self.journal.append(answer)
         if job.kind == "greedy" and stopped:
             self._continue_conversation(job, ids)
 
@@ -174,6 +212,14 @@ class Distiller:
                 self._ask_user(1, messages)
             else:
                 self._ask_answer(1, messages, [follow_up(self.rng)])
+
+
+def _users(messages: Sequence[Message]) -> list[Message]:
+    return [message for message in messages if message["role"] == "user"]
+
+
+def _key(messages: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(message["content"] for message in messages)
 
 
 def greedy_answers(

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm_medusa.training.conversations import ConversationSet
 from vllm_medusa.training.loss import IGNORE
 from vllm_medusa.training.progress import progress_bar
+from vllm_medusa.training.sharded_rows import ShardedRows
 
 
 def label_rows(
@@ -53,7 +54,7 @@ class HiddenStateSet:
     """Rows of training data; rows of one conversation are consecutive, in token order."""
 
     # [rows, hidden], what the lm_head is fed at the row's position
-    hidden: Tensor
+    hidden: Tensor | ShardedRows
     # [rows, num_heads + 1] int32 or int64, column 0: lm_head's token; IGNORE past the answer
     labels: Tensor
     # [num_conversations + 1] int64, conversation -> first row
@@ -70,7 +71,7 @@ class HiddenStateSet:
     def batches(
         self, batch_rows: int, seed: int, start_batch: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One shuffled epoch of full batches ``(hidden, labels of heads 1..K)``.
+        """One shuffled epoch of full batches ``(hidden, labels)``, column 0 the lm_head's token.
 
         The order depends on ``seed`` alone, so a resumed run skips to ``start_batch``.
         """
@@ -78,7 +79,36 @@ class HiddenStateSet:
         order = torch.randperm(self.num_rows, generator=generator, device=self.hidden.device)
         for batch in range(start_batch, self.num_rows // batch_rows):
             rows = order[batch * batch_rows : (batch + 1) * batch_rows]
-            yield self.hidden[rows], self.labels[rows, 1:].long()
+            yield self.hidden[rows], self.labels[rows].long()
+
+
+# Positions and labels of one conversation, as label_rows returns them.
+LabelTable = tuple[np.ndarray, np.ndarray]
+
+
+def label_tables(conversations: ConversationSet, num_heads: int) -> list[LabelTable]:
+    """Rows and labels of every conversation; refuses data without a single answer token."""
+    tables = [
+        label_rows(conversations.tokens(i), conversations.mask(i), num_heads)
+        for i in range(len(conversations))
+    ]
+    if not any(len(positions) for positions, _ in tables):
+        raise ValueError(
+            f"{len(tables)} conversations hold no answer token behind a prompt; expected answers "
+            "marked by `vllm-medusa distill`"
+        )
+    return tables
+
+
+def row_offsets(tables: list[LabelTable]) -> np.ndarray:
+    """[num_conversations + 1] int64, conversation -> first row."""
+    return np.concatenate([[0], np.cumsum([len(positions) for positions, _ in tables])])
+
+
+def join_labels(tables: list[LabelTable], num_heads: int) -> Tensor:
+    """[rows, num_heads + 1] int32 labels of all conversations."""
+    empty = np.zeros((0, num_heads + 1), np.int64)
+    return torch.from_numpy(np.concatenate([empty, *(t for _, t in tables)]).astype(np.int32))
 
 
 def _length_batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
@@ -116,11 +146,8 @@ def extract_hidden_states(
     """
     body, device = model.base_model, next(model.parameters()).device
     store = torch.device(store_device) if store_device is not None else device
-    tables = [
-        label_rows(conversations.tokens(i), conversations.mask(i), num_heads)
-        for i in range(len(conversations))
-    ]
-    offsets = np.concatenate([[0], np.cumsum([len(positions) for positions, _ in tables])])
+    tables = label_tables(conversations, num_heads)
+    offsets = row_offsets(tables)
     size = model.config.hidden_size
     hidden = torch.empty(int(offsets[-1]), size, dtype=model.dtype, device=store)
     lengths = np.diff(conversations.offsets)
@@ -138,6 +165,4 @@ def extract_hidden_states(
             picked = states.flatten(0, 1)[torch.from_numpy(source).to(device)]
             hidden[torch.from_numpy(target).to(store)] = picked.to(store)
             advance(len(members))
-    labels = np.concatenate([table for _, table in tables]) if tables else np.zeros(
-        (0, num_heads + 1), np.int64)  # fmt: skip
-    return HiddenStateSet(hidden, torch.from_numpy(labels.astype(np.int32)).to(store), offsets)
+    return HiddenStateSet(hidden, join_labels(tables, num_heads).to(store), offsets)

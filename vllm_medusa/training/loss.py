@@ -1,9 +1,9 @@
-"""Medusa-1 loss, ``sum_k lambda_k * CE_k``, through a frozen lm_head in chunks.
+"""Medusa-1 loss, ``sum_k lambda_k * CE_k``, through the lm_head in chunks.
 
 With 4 heads and 49,152 words the logits of 16,384 tokens would take 6.4 GB in bf16, and as much
-again for their gradient. Since the lm_head is frozen, the gradient of a row's loss with respect
-to its hidden state is known once its logits are; so forward already computes both for a chunk of
-rows of one head, and only gradients of hidden size are kept.
+again for their gradient. The gradient of a row's loss with respect to its hidden state and to the
+lm_head is known once its logits are; so forward already computes all of them for a chunk of rows
+of one head, and only gradients of hidden size (and of the heads' own matrices) are kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,38 +42,50 @@ def _compiled_cross_entropy() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_cross_entropy_chunk, dynamic=False)
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
-    """Forward computes loss and gradient; backward only scales the gradient."""
+class _ChunkedHeadLoss(torch.autograd.Function):
+    """Forward computes loss and gradients; backward only scales the gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, lm_head_weight, labels, head_weights, chunk_rows):
+    def forward(ctx, hidden, output_weight, labels, head_weights, chunk_rows):
         cross_entropy = _compiled_cross_entropy() if hidden.is_cuda else _cross_entropy_chunk
         num_heads, num_rows, _ = hidden.shape
         counts = (labels != IGNORE).sum(dim=0).clamp(min=1)
-        means = hidden.new_zeros(num_heads, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        means = hidden.new_zeros(num_heads, dtype=wide)
         grad = torch.empty_like(hidden)
+        # Sums over all chunks, so in float32; as large as the matrices themselves.
+        grad_weight = None
+        if output_weight.requires_grad:
+            grad_weight = torch.zeros_like(output_weight, dtype=wide)
         for k in range(num_heads):
+            own = min(k, output_weight.shape[0] - 1)
+            weight = output_weight[own]
             scale = (head_weights[k] / counts[k]).to(means.dtype)
             for start in range(0, num_rows, chunk_rows):
                 rows = slice(start, start + chunk_rows)
-                logits = functional.linear(hidden[k, rows], lm_head_weight)
+                logits = functional.linear(hidden[k, rows], weight)
                 total, grad_logits = cross_entropy(logits, labels[rows, k], scale)
                 means[k] += total
-                torch.mm(grad_logits, lm_head_weight, out=grad[k, rows])
+                torch.mm(grad_logits, weight, out=grad[k, rows])
+                if grad_weight is not None:
+                    grad_weight[own] += grad_logits.T @ hidden[k, rows]
         means = means / counts
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, grad_weight)
+        ctx.weight_dtype = output_weight.dtype
         return (means * head_weights.to(means.dtype)).sum(), means
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_means):
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None, None
+        grad, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad * grad_loss.to(grad.dtype), grad_weight, None, None, None
 
 
 def medusa_one_loss(
     # [num_heads, rows, hidden]
     hidden: Tensor,
-    # [vocab, hidden], frozen
+    # [vocab, hidden], frozen; or [1 or num_heads, vocab, hidden], trained
     lm_head_weight: Tensor,
     # [rows, num_heads] int64, IGNORE where a head has no label
     labels: Tensor,
@@ -87,7 +99,8 @@ def medusa_one_loss(
     hidden : Tensor
         Head ``k`` (from 1) is row ``k - 1``; gradients flow back to it only.
     lm_head_weight : Tensor
-        The base model's lm_head, same dtype as ``hidden``; gets no gradient.
+        The base model's lm_head, same dtype as ``hidden``: a matrix gets no gradient, whatever
+        its flags say. A stack of matrices belongs to the heads and gets one.
     labels : Tensor
         Column ``k - 1`` holds the token ``k + 1`` places after the row's position.
     head_weights : sequence of float
@@ -106,7 +119,7 @@ def medusa_one_loss(
             f"labels has shape {tuple(labels.shape)}; expected {(num_rows, num_heads)}, one column "
             "a head"
         )
-    if lm_head_weight.shape[1] != size or lm_head_weight.dtype != hidden.dtype:
+    if lm_head_weight.shape[-1] != size or lm_head_weight.dtype != hidden.dtype:
         raise ValueError(
             f"lm_head_weight is {tuple(lm_head_weight.shape)} {lm_head_weight.dtype}; expected "
             f"[vocab, {size}] {hidden.dtype}, as hidden"
@@ -116,7 +129,13 @@ def medusa_one_loss(
     weights = torch.tensor(tuple(head_weights), device=hidden.device, dtype=torch.float64)
     if hidden.dtype != torch.float64:
         weights = weights.float()
-    return _FrozenHeadLoss.apply(hidden, lm_head_weight.detach(), labels, weights, chunk_rows)
+    if lm_head_weight.ndim == 2:
+        lm_head_weight = lm_head_weight.detach().unsqueeze(0)
+    if lm_head_weight.shape[0] not in (1, num_heads):
+        raise ValueError(
+            f"lm_head_weight holds {lm_head_weight.shape[0]} matrices; expected 1 or {num_heads}"
+        )
+    return _ChunkedHeadLoss.apply(hidden, lm_head_weight, labels, weights, chunk_rows)
 
 
 def medusa_one_loss_reference(
@@ -129,7 +148,10 @@ def medusa_one_loss_reference(
         for row in range(hidden.shape[1]):
             label = int(labels[row, k])
             if label != IGNORE:
-                log_p = torch.log_softmax(lm_head_weight @ hidden[k, row], dim=0)
+                matrix = lm_head_weight
+                if matrix.ndim == 3:
+                    matrix = matrix[k if len(matrix) > 1 else 0]
+                log_p = torch.log_softmax(matrix @ hidden[k, row], dim=0)
                 losses.append(-log_p[label])
         if losses:
             loss = loss + weight * torch.stack(losses).mean()

@@ -1,10 +1,8 @@
-"""Sources of user turns: templates, prompt files, and a guard against test questions."""
+"""Sources of user turns: templates, and a guard against test questions."""
 
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from vllm_medusa.training.prompt_data import FOLLOW_UPS, PATTERN_GROUPS, SLOTS
 
@@ -54,43 +52,6 @@ def template_prompts(seed: int) -> Iterator[str]:
 def follow_up(rng: random.Random) -> str:
     """Draw a user's second turn that makes sense after any answer."""
     return _fill(rng.choice(FOLLOW_UPS), rng)
-
-
-def read_prompt_file(path: str | Path) -> list[list[str]]:
-    """Read user turns from a ``.txt`` or ``.jsonl`` file.
-
-    ``.txt`` holds one single-turn prompt a line. A ``.jsonl`` row is a string, or an object with
-    ``turns`` (list of strings), ``prompt`` (string) or ``messages`` (role and content; the user
-    turns are kept, the answers come from the model itself).
-
-    Returns
-    -------
-    list[list[str]]
-        One list of user turns per conversation.
-    """
-    path = Path(path)
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix == ".txt":
-        return [[line.strip()] for line in lines]
-    if path.suffix != ".jsonl":
-        raise ValueError(f"prompt file {path} has suffix {path.suffix!r}; expected .txt or .jsonl")
-    return [_row_turns(json.loads(line), f"{path}:{i}") for i, line in enumerate(lines, 1)]
-
-
-def _row_turns(row: object, where: str) -> list[str]:
-    if isinstance(row, str):
-        return [row]
-    if isinstance(row, dict):
-        if isinstance(row.get("turns"), list):
-            return [str(turn) for turn in row["turns"]]
-        if isinstance(row.get("prompt"), str):
-            return [row["prompt"]]
-        if isinstance(row.get("messages"), list):
-            return [m["content"] for m in row["messages"] if m["role"] == "user"]
-    raise ValueError(
-        f"{where}: expected a string or an object with 'turns', 'prompt' or 'messages', "
-        f"found {str(row)[:80]!r}; convert the row"
-    )
 
 
 def _words(text: str) -> list[str]:

@@ -99,3 +99,21 @@ def per_conversation(
     return [
         visited_rows(depths[a:b], np.array([0, b - a]))[1] for a, b in itertools.pairwise(offsets)
     ]
+
+
+def accepted_shares(ranks: np.ndarray, offsets: np.ndarray, paths: Sequence[Path_]) -> list[float]:
+    """Share of the decode steps that accept each node, in the order of ``paths``.
+
+    An answer's last step yields its last token as the bonus token, so nodes that hold it, or
+    what would follow, do not count; with that one plus the shares' sum is tokens per step.
+    """
+    depths = accepted_depths(ranks, paths)
+    rows, _ = visited_rows(depths, offsets)
+    ends = offsets[np.searchsorted(offsets, rows, side="right")]
+    depths = np.minimum(depths[rows], ends - rows - 2)
+    counts = dict.fromkeys(paths, 0)
+    for row, depth in zip(rows, depths, strict=True):
+        path = tuple(int(rank) for rank in ranks[row, :depth])
+        for length in range(1, len(path) + 1):
+            counts[path[:length]] += 1
+    return [count / max(len(rows), 1) for count in counts.values()]

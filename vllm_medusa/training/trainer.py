@@ -11,7 +11,9 @@ from torch import Tensor
 from vllm_medusa.training.config import CONFIG_FILE, TrainConfig
 from vllm_medusa.training.hidden_states import HiddenStateSet
 from vllm_medusa.training.loss import medusa_one_loss
+from vllm_medusa.training.path_tokens import path_embeddings
 from vllm_medusa.training.progress import progress_bar
+from vllm_medusa.training.run_log import RunLog
 from vllm_medusa.training.trainable_heads import TrainableHeads
 
 _STATE_FILE = "trainer_state.pt"
@@ -31,7 +33,12 @@ class MedusaOneTrainer:
     lm_head_weight : Tensor
         [vocab, hidden], same dtype and device as ``data.hidden``.
     output_dir : path, optional
-        Where the configuration and resumable states are kept; nothing is written without it.
+        Where the configuration, the log and resumable states are kept; nothing is written
+        without it.
+    heads : TrainableHeads, optional
+        Heads of another kind, or trained before; new ones on the shared lm_head without it.
+    embeddings : Tensor, optional
+        [vocab, hidden] input embeddings of the base model, for sequential heads.
     """
 
     def __init__(
@@ -40,6 +47,8 @@ class MedusaOneTrainer:
         data: HiddenStateSet,
         lm_head_weight: Tensor,
         output_dir: str | Path | None = None,
+        heads: TrainableHeads | None = None,
+        embeddings: Tensor | None = None,
     ) -> None:
         if data.num_heads < config.num_heads:
             raise ValueError(
@@ -54,12 +63,13 @@ class MedusaOneTrainer:
             )
         self.config, self.data, self.lm_head_weight = config, data, lm_head_weight
         self.total_steps = max(1, round(config.epochs * self.batches_per_epoch))
-        self.heads = TrainableHeads(
+        self.heads = heads or TrainableHeads(
             config.num_heads, config.num_layers, data.hidden.shape[1], data.hidden.device
         )
+        self.embeddings = embeddings
         self.optimizer = torch.optim.AdamW(
             self.heads.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay, fused=data.hidden.is_cuda,
+            weight_decay=config.weight_decay, fused=data.hidden.device.type == "cuda",
         )  # fmt: skip
         self.step = 0
         self.seconds = 0.0
@@ -69,14 +79,21 @@ class MedusaOneTrainer:
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             config.save(self.output_dir / CONFIG_FILE)
+        self.log = RunLog(self.output_dir)
 
     @classmethod
     def resume(
-        cls, output_dir: str | Path, data: HiddenStateSet, lm_head_weight: Tensor
+        cls,
+        output_dir: str | Path,
+        data: HiddenStateSet,
+        lm_head_weight: Tensor,
+        heads: TrainableHeads | None = None,
+        embeddings: Tensor | None = None,
     ) -> "MedusaOneTrainer":
         """Continue from the last state in ``output_dir`` with the configuration kept there."""
         output_dir = Path(output_dir)
-        trainer = cls(TrainConfig.load(output_dir / CONFIG_FILE), data, lm_head_weight, output_dir)
+        config = TrainConfig.load(output_dir / CONFIG_FILE)
+        trainer = cls(config, data, lm_head_weight, output_dir, heads, embeddings)
         state = torch.load(
             output_dir / _STATE_FILE, map_location=data.hidden.device, weights_only=True
         )
@@ -89,6 +106,7 @@ class MedusaOneTrainer:
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step, trainer.seconds = state["step"], state["seconds"]
         trainer.history = state["history"]
+        trainer.log.cut(trainer.step)
         return trainer
 
     def save_state(self) -> None:
@@ -115,6 +133,8 @@ class MedusaOneTrainer:
     def train(self, until_step: int | None = None) -> TrainableHeads:
         """Train to the end, or up to ``until_step``, and return the heads."""
         config = self.config
+        if self.step == 0:
+            self.log.restart()
         last = self.total_steps if until_step is None else min(until_step, self.total_steps)
         started = time.monotonic() - self.seconds
         with progress_bar("training steps", last - self.step) as advance:
@@ -129,7 +149,7 @@ class MedusaOneTrainer:
                     if progress >= 1.0 or self.step >= last:
                         last = self.step
                         break
-                    self._train_step(hidden, labels[:, : config.num_heads], progress)
+                    self._train_step(hidden, labels, progress)
                     advance(1, self._note())
                     every = config.checkpoint_every
                     if self.output_dir is not None and every and self.step % every == 0:
@@ -137,6 +157,7 @@ class MedusaOneTrainer:
         self.seconds = time.monotonic() - started
         if self.output_dir is not None:
             self.save_state()
+            self.log.plot()
         return self.heads
 
     def _train_step(self, hidden: Tensor, labels: Tensor, progress: float) -> None:
@@ -144,10 +165,14 @@ class MedusaOneTrainer:
         rate = self.learning_rate(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        path = None
+        if self.heads.spec.sequential:
+            path = path_embeddings(labels, config.num_heads, self.embeddings).to(hidden.dtype)
+        targets = labels[:, 1 : config.num_heads + 1]
+        inputs = self.heads.loss_inputs(hidden, targets, self.lm_head_weight, path)
         loss, head_losses = medusa_one_loss(
-            self.heads(hidden), self.lm_head_weight, labels, config.head_weights,
-            config.loss_chunk_rows,
-        )  # fmt: skip
+            *inputs, head_weights=config.head_weights, chunk_rows=config.loss_chunk_rows
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.heads.parameters(), config.grad_clip)
@@ -155,7 +180,9 @@ class MedusaOneTrainer:
         self.step += 1
         # Reading the losses waits for the device, so it is done now and then only.
         if self.step % 50 == 0 or self.step == 1:
-            self.history.append((self.step, rate, [round(x, 4) for x in head_losses.tolist()]))
+            losses = [round(x, 4) for x in head_losses.tolist()]
+            self.history.append((self.step, rate, losses))
+            self.log.write(self.step, learning_rate=rate, head_losses=losses)
 
     def _note(self) -> str:
         losses = self.history[-1][2] if self.history else []

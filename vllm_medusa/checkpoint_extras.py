@@ -1,0 +1,82 @@
+"""What only format M stores: low-rank lm_heads and the path matrices of sequential heads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_medusa.checkpoint_error import CheckpointError
+from vllm_medusa.checkpoint_tensors import HeadReader, stack
+
+
+class Extras(NamedTuple):
+    """Stacked tensors of format M, None where the checkpoint has none."""
+
+    # [num_heads, rank, hidden_size]
+    lm_head_down: torch.Tensor | None
+    # [num_heads * (num_heads + 1) / 2, hidden_size, hidden_size]
+    path_weight: torch.Tensor | None
+
+    @property
+    def rank(self) -> int | None:
+        """Inner size of the low-rank lm_heads."""
+        return None if self.lm_head_down is None else self.lm_head_down.shape[1]
+
+
+def read_extras(reader: HeadReader, num_heads: int, hidden_size: int, dtype: torch.dtype) -> Extras:
+    """Read both kinds, complete or not at all."""
+    return Extras(
+        _read_down(reader, num_heads, hidden_size, dtype),
+        _read_paths(reader, num_heads, hidden_size, dtype),
+    )
+
+
+def _read_down(
+    reader: HeadReader, num_heads: int, hidden_size: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    keys = reader.table.lm_heads_down
+    if not keys:
+        return None
+    _check_complete(reader, keys, range(num_heads), "{}.lm_head_down.weight")
+    if not (reader.table.lm_heads or reader.table.common_lm_head):
+        raise reader.missing("0.lm_head.weight", "lm_head_down without an lm_head")
+    rank = reader.source.read(keys[0]).shape[0]
+
+    def read(head: int) -> torch.Tensor:
+        return reader.matrix(keys[head], (rank, hidden_size), dtype)
+
+    shape = (num_heads, rank, hidden_size)
+    return stack(shape, dtype, [(head,) for head in range(num_heads)], read)
+
+
+def _read_paths(
+    reader: HeadReader, num_heads: int, hidden_size: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    keys = reader.table.path_weights
+    if not keys:
+        return None
+    pairs = [(head, place) for head in range(num_heads) for place in range(head + 1)]
+    _check_complete(reader, keys, pairs, "{0[0]}.path.{0[1]}.weight")
+
+    def read(index: int) -> torch.Tensor:
+        return reader.matrix(keys[pairs[index]], (hidden_size, hidden_size), dtype)
+
+    shape = (len(pairs), hidden_size, hidden_size)
+    return stack(shape, dtype, [(index,) for index in range(len(pairs))], read)
+
+
+def _check_complete(reader: HeadReader, keys: dict, wanted, name: str) -> None:
+    wanted = list(wanted)
+    for place in wanted:
+        if place not in keys:
+            raise reader.missing(name.format(place), f"{len(keys)} of {len(wanted)} such matrices")
+    extra = next((place for place in keys if place not in wanted), None)
+    if extra is not None:
+        raise CheckpointError(
+            reader.source.file_of(keys[extra]),
+            keys[extra],
+            "a matrix without its head",
+            f"{len(wanted)} such matrices for the heads in the file",
+            "remove it",
+        )

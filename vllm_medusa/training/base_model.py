@@ -1,0 +1,79 @@
+"""Loads the base model for training and calibration, optionally quantised."""
+
+from typing import Any, Literal
+
+import torch
+
+Quantisation = Literal["none", "8bit", "4bit"]
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def default_device() -> str:
+    """``cuda`` where there is one, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_base(
+    model: str, dtype: str = "bfloat16", device: str | None = None, quantise: Quantisation = "none"
+) -> Any:
+    """A transformers causal language model in evaluation mode.
+
+    Parameters
+    ----------
+    model : str
+        Folder or hub id.
+    dtype : str
+        One of ``DTYPES``; ``auto`` takes the checkpoint's.
+    device : str, optional
+        ``default_device()`` when not given.
+    quantise : {"none", "8bit", "4bit"}
+        Weights of the layers through bitsandbytes; the lm_head, which the heads share, stays
+        as it is. Heads are then trained on what the quantised model would feed them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    device = device or default_device()
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    if quantise == "none":
+        return AutoModelForCausalLM.from_pretrained(model, dtype=kind).to(device).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=kind, device_map={"": device},
+        quantization_config=_quantisation_config(quantise, kind),
+    )  # fmt: skip
+    return loaded.eval()
+
+
+def _quantisation_config(quantise: str, dtype: Any) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantise is {quantise!r}, which needs bitsandbytes; pip install bitsandbytes, or "
+            "use quantise none"
+        )
+    if quantise == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )
+
+
+def lm_head_weight(model: Any) -> torch.Tensor:
+    """[vocab, hidden] of the output layer, detached; a bias there is refused."""
+    layer = model.get_output_embeddings()
+    if getattr(layer, "bias", None) is not None:
+        raise ValueError(
+            f"the lm_head of {type(model).__name__} has a bias; expected none, since heads apply "
+            "its weight alone. Train heads with an output matrix of their own"
+        )
+    return layer.weight.detach()
+
+
+def embedding_weight(model: Any) -> torch.Tensor:
+    """[vocab, hidden] of the input embeddings, detached."""
+    return model.get_input_embeddings().weight.detach()
