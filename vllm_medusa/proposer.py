@@ -14,12 +14,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.heads import MedusaHeads
+from vllm_medusa.sequential_draft import SequentialDrafter
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.verification_step import VerificationStep, make_graph_manager
 
 
 class MedusaProposer(DraftModelSpeculator):
-    """Drafts a static tree from independent heads (paper section 2.1).
+    """Drafts a static tree from independent heads (paper section 2.1) or sequential ones.
 
     A ``DraftModelSpeculator`` so that vLLM loads, reloads and wakes the heads with
     the target; it has no attention layers and no KV cache of its own.
@@ -33,9 +34,17 @@ class MedusaProposer(DraftModelSpeculator):
         throws away the captures that only measured memory.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, tree_batch: TreeBatch):
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        tree_batch: TreeBatch,
+        last_sampled: torch.Tensor,  # by request slot
+    ):
         super().__init__(vllm_config, device)
         self.tree_batch = tree_batch
+        self.last_sampled = last_sampled
+        self.drafter: SequentialDrafter | None = None
         self.verification_step: VerificationStep | None = None
         self.step_graphs: CudaGraphManager | None = None
         tree = tree_batch.tree
@@ -67,6 +76,9 @@ class MedusaProposer(DraftModelSpeculator):
         heads = MedusaHeads.from_weights(weights.first_heads(self.num_heads), self.device)
         # Not a submodule: vLLM walks the draft's parameters on reload and sleep.
         object.__setattr__(self, "compute_base_logits", target_model.compute_logits)
+        if heads.spec.sequential:
+            self.drafter = SequentialDrafter(heads, self.tree_batch.tree)
+            object.__setattr__(self, "embed_tokens", target_model.embed_input_ids)
         return heads
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -106,12 +118,16 @@ class MedusaProposer(DraftModelSpeculator):
             token_rows = input_batch.logits_indices
         else:
             token_rows = input_batch.logits_indices[last_rows]
-        return self.draft(last_hidden_states[token_rows])
+        return self.draft(last_hidden_states[token_rows], input_batch.idx_mapping)
 
     def draft(
         self,
         hidden: torch.Tensor,  # [num_reqs, hidden_size], last accepted rows
+        slots: torch.Tensor,  # [num_reqs] int64, not negative
     ) -> torch.Tensor:
         """Fill every request's tree from its heads' best tokens, [num_reqs, num_nodes] int64."""
+        if self.drafter is not None:
+            roots = self.last_sampled.view(-1)[slots].long()
+            return self.drafter.draft(hidden, roots, self.embed_tokens, self.compute_base_logits)
         top_tokens = self.model.top_tokens(hidden, self.num_top, self.compute_base_logits)
         return top_tokens.flatten(1)[:, self.node_columns]

@@ -163,6 +163,13 @@ def create_medusa_config(
             base_model=target_model_config.model,
         )
     num_heads = heads.spec.num_heads
+    if heads.spec.sequential and target_parallel_config.pipeline_parallel_size > 1:
+        stages = target_parallel_config.pipeline_parallel_size
+        raise ValueError(
+            f"medusa: {options.model} holds sequential heads, which read the input embeddings; "
+            f"with pipeline_parallel_size={stages} those are on another stage; use independent "
+            "heads or one stage"
+        )
     if options.num_heads is not None:
         if options.num_heads > num_heads:
             raise ValueError(

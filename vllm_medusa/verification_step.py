@@ -229,7 +229,7 @@ class VerificationStep:
             counts[1],
             runner.input_buffers.query_start_loc[: num_reqs + 1],
         )
-        drafts = runner.speculator.draft(hidden_states[walk.last_rows])
+        drafts = runner.speculator.draft(hidden_states[walk.last_rows], slots.clamp(min=0))
         self.drafts[:num_reqs].copy_(drafts)
 
     def _draw_and_walk(

@@ -7,6 +7,7 @@ for seeded sampling (the two runners draw different noise from one seed).
 from __future__ import annotations
 
 import pytest
+import tiny as tiny_model
 import traffic
 
 pytestmark = pytest.mark.vllm
@@ -116,6 +117,30 @@ def test_step_of_the_verification_graphs_equals_stock(
     engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, **extra)}
     result = run_job(engine, batches[:3] + seeded_batches[:2], whole_steps=True)
     assert token_ids(result) == token_ids(plain)[:3] + token_ids(plain_v2)[:2]
+    assert result["whole_steps"] > 50
+
+
+def test_sequential_heads_draft_level_by_level(tiny, run_job, batches, plain, tmp_path):
+    """Random heads: what they draft does not matter to the output, only to the speed."""
+    import torch
+
+    from vllm_medusa.checkpoint import save_heads
+    from vllm_medusa.head_weights import HeadSpec
+    from vllm_medusa.heads import MedusaHeads
+
+    torch.manual_seed(0)
+    spec = HeadSpec(
+        3, 1, tiny_model.HIDDEN, vocab_size=tiny_model.VOCAB, dtype=torch.float32, sequential=True
+    )
+    heads = MedusaHeads(spec)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_heads(heads.to_weights(), tmp_path, format="M")
+    engine = {"model": tiny["model"], **ENGINE, **WIDE}
+    engine["speculative_config"] = {"method": "medusa", "model": str(tmp_path), "tree": [4, 3, 2]}
+    result = run_job(engine, batches[:3], whole_steps=True)
+    assert token_ids(result) == token_ids(plain)[:3]
+    assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
     assert result["whole_steps"] > 50
 
 
