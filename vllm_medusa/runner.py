@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm_medusa import vllm_seams
 from vllm_medusa.compaction import PathCompactor
 from vllm_medusa.proposer import MedusaProposer
+from vllm_medusa.rope_positions import follow_depths
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.verifier import TreeVerifier, accept_limit
 
@@ -41,6 +42,8 @@ class TreeRunnerMixin:
             self.rejection_sampler = TreeVerifier(
                 self.sampler, self.speculative_config, self.device, self.tree_batch
             )
+        if self.model_config.uses_mrope:
+            follow_depths(self.model_state, self.tree_batch)
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         """Allocate the cache, give the builders this runner's trees, find the layers to compact."""
