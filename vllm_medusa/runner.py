@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_medusa import vllm_seams
 from vllm_medusa.compaction import PathCompactor
 from vllm_medusa.proposer import MedusaProposer
+from vllm_medusa.rope_positions import follow_depths
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.verification_step import VerificationStep, needs_only_temperature
 from vllm_medusa.verifier import TreeVerifier, accept_limit
@@ -49,6 +50,8 @@ class TreeRunnerMixin:
             )
             self.verification_step = VerificationStep(self)
             self.speculator.verification_step = self.verification_step
+        if self.model_config.uses_mrope:
+            follow_depths(self.model_state, self.tree_batch)
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         """Allocate the cache, give the builders this runner's trees, find the layers to compact."""

@@ -27,6 +27,8 @@ SpecDecodingProm.__init__                       one Prometheus label per draft t
 gpu.model_runner.init_speculator                a name imported by the runner's
                                                 constructor; knows vLLM's methods only
 cpu.model_runner.CPUModelRunner                 CPUWorker.init_device builds it inline
+selector._cached_get_attn_backend               remembers the backend of an engine that ran
+                                                earlier in this process
 _custom_ops.cpu_attn_reshape_and_cache          writes known rows, to check at start-up that
                                                 the packed CPU cache is laid out as we read it
 ==============================================  =====================================
@@ -105,8 +107,8 @@ def install_front_end(hooks: Any) -> None:
     hooks : module
         Provides ``add_cli_args(parser)``, ``merge_speculative_model(speculative_config,
         value)``, ``is_medusa_request(engine_args)``, ``create_config(engine_args, target_model,
-        target_parallel)``, ``prepare_engine_args(engine_args)`` and
-        ``finish_config(vllm_config)``.
+        target_parallel)``, ``prepare_other_engine()``, ``prepare_engine_args(engine_args)``
+        and ``finish_config(vllm_config)``.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -142,6 +144,7 @@ def install_front_end(hooks: Any) -> None:
     def make_create_engine_config(original: Callable) -> Callable:
         def create_engine_config(self, *args, **kwargs):
             if not hooks.is_medusa_request(self):
+                hooks.prepare_other_engine()
                 return original(self, *args, **kwargs)
             hooks.prepare_engine_args(self)
             vllm_config = original(self, *args, **kwargs)
@@ -304,6 +307,13 @@ def cpu_ops() -> Any:
     from vllm import _custom_ops
 
     return _custom_ops
+
+
+def forget_attention_choices() -> None:
+    """Make vLLM look its attention backends up again; it caches them for the whole process."""
+    from vllm.v1.attention import selector
+
+    selector._cached_get_attn_backend.cache_clear()
 
 
 def complete_triton_stand_in() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 JOB_TIMEOUT_S = 600
+SERIES_TIMEOUT_S = 1800
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,7 @@ def run_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
         job.write_text(json.dumps({"engine": engine, "batches": batches, **options}))
         process = subprocess.run(
             [sys.executable, str(HERE / "engine_job.py"), str(job), str(result)],
-            env={**os.environ, "PYTHONPATH": str(HERE), **(env or {})},
+            env={**os.environ, "PYTHONPATH": _paths(), **(env or {})},
             capture_output=True,
             text=True,
             timeout=JOB_TIMEOUT_S,
@@ -47,3 +48,30 @@ def run_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
         return json.loads(result.read_text())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_series(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+    """``run_series({name: job}) -> {name: result or {"error": text}}``, all in one process."""
+
+    def run(jobs: dict[str, dict], env: dict | None = None) -> dict:
+        folder = tmp_path_factory.mktemp("series")
+        source, target = folder / "jobs.json", folder / "results.json"
+        source.write_text(json.dumps(jobs))
+        process = subprocess.run(
+            [sys.executable, str(HERE / "engine_series.py"), str(source), str(target)],
+            env={**os.environ, "PYTHONPATH": _paths(), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=SERIES_TIMEOUT_S,
+        )
+        if process.returncode != 0 or not target.exists():
+            pytest.fail(f"series failed:\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
+        return json.loads(target.read_text())
+
+    return run
+
+
+def _paths() -> str:
+    """This folder in front of what the caller's Python already searches."""
+    return os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])

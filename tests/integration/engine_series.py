@@ -1,0 +1,179 @@
+"""Run several engines after one another in one process, which saves their imports.
+
+    python engine_series.py JOBS.json RESULTS.json
+
+JOBS: {name: job}, in order.  A job is {"engine": {LLM arguments}, "plain_v2": bool,
+"batches": [batch], "break": null | "compaction" | "rope", "act": null | "sleep"};
+:func:`generate` says what a batch may hold.  With "config_only" (and perhaps "env") the
+engine's config is made and nothing else.
+RESULTS: {name: {"batches", "counters", "runner"}, or {"error": text}}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import engine_job
+
+
+def register_models(directories: set[str]) -> None:
+    """Import the models' classes here; vLLM would inspect each in a process of its own, 7 s."""
+    from vllm import ModelRegistry
+
+    for directory in directories:
+        config = json.loads((Path(directory) / "config.json").read_text())
+        for name in config["architectures"]:
+            if name == "MRoPEQwen2ForCausalLM":
+                import mrope_model
+
+                model_class = mrope_model.MRoPEQwen2ForCausalLM
+            else:
+                model_class = ModelRegistry.models[name].load_model_cls()
+            ModelRegistry.register_model(name, model_class)
+
+
+def break_something(part: str) -> None:
+    """Take one step out of the plugin, to see that the comparison notices.
+
+    It stays out until the process ends: such a job is the last of its series.
+    """
+    if part == "compaction":
+        from vllm_medusa.compaction import PathCompactor
+
+        PathCompactor.compact = lambda *args, **kwargs: None
+    elif part == "rope":
+        from vllm_medusa import runner
+
+        runner.follow_depths = lambda *args: None
+
+
+def run(job: dict) -> tuple[dict, Any | None]:
+    """One engine over its batches: the result, and the engine for the caller to stop."""
+    engine = job["engine"]
+    # Only the baseline asks for the V2 runner by name.
+    os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+    if job.get("plain_v2"):
+        engine_job.use_plain_v2(engine)
+    os.environ.update(job.get("env", {}))
+    from vllm import LLM, EngineArgs
+
+    if job.get("config_only"):
+        EngineArgs(skip_tokenizer_init=True, **engine).create_engine_config()
+        return {"batches": []}, None
+    if job.get("break"):
+        break_something(job["break"])
+    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
+    if job.get("act") == "sleep":
+        llm.sleep(level=1)
+        llm.wake_up()
+    batches = [generate(llm, batch) for batch in job["batches"]]
+    core = llm.llm_engine.engine_core.engine_core
+    runner = type(core.model_executor.driver_worker.worker.model_runner).__name__
+    return {"batches": batches, "counters": engine_job.counters(llm), "runner": runner}, llm
+
+
+def generate(llm: Any, batch: dict) -> list[dict]:
+    """One batch's outputs.
+
+    Besides "prompts" and "sampling", a batch may name a "lora" adapter's directory (every
+    second request uses it), an "embeddings" tensor file (prompts become embeddings), or
+    requests to "abort" [indices] once their output has "abort_after" tokens.
+    """
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
+    if "embeddings" in batch:
+        import torch
+
+        table = torch.load(batch["embeddings"], weights_only=True)
+        prompts = [{"prompt_embeds": table[ids]} for ids in batch["prompts"]]
+    params = [engine_job.sampling_params(SamplingParams, p) for p in batch["sampling"]]
+    adapters = [None] * len(prompts)
+    if "lora" in batch:
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest("adapter", 1, batch["lora"])
+        adapters = [adapter if index % 2 else None for index in range(len(prompts))]
+    if "abort" in batch:
+        outputs = generate_and_abort(llm, prompts, params, batch["abort"], batch["abort_after"])
+    else:
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+    return [
+        {
+            "token_ids": list(output.outputs[0].token_ids),
+            "prompt_logprobs": logprob_rows(output.prompt_logprobs),
+            "finish": output.outputs[0].finish_reason,
+        }
+        for output in outputs
+    ]
+
+
+def generate_and_abort(
+    llm: Any, prompts: list, params: list, indices: list[int], after: int
+) -> list:
+    """Drive the engine step by step; aborted requests return what they had last shown."""
+    engine = llm.llm_engine
+    names = [
+        engine.add_request(str(index), prompt, param) or str(index)
+        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True))
+    ]
+    latest: dict[str, Any] = {}
+    waiting = {str(index): names[index] for index in indices}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            latest[output.request_id] = output
+            enough = len(output.outputs[0].token_ids) >= after
+            if enough and output.request_id in waiting:
+                engine.abort_request([waiting.pop(output.request_id)], internal=True)
+    return [latest[str(index)] for index in range(len(prompts))]
+
+
+def logprob_rows(rows: list | None) -> list | None:
+    """[[token, logprob, rank], ...] per prompt position, sorted; None where there are none."""
+    if rows is None:
+        return None
+    return [
+        None if row is None else sorted([token, lp.logprob, lp.rank] for token, lp in row.items())
+        for row in rows
+    ]
+
+
+def stop(llm: Any) -> None:
+    """Free an engine's threads and memory for the next one."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+
+
+def main() -> None:
+    """Run the jobs; one that fails does not keep the next from running."""
+    results = {}
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    register_models({job["engine"]["model"] for job in jobs.values()})
+    # vLLM collects 12 times per engine, each time 0.3 s over all that was imported.
+    gc.collect = lambda generation=2: 0
+    for name, job in jobs.items():
+        started = time.monotonic()
+        try:
+            results[name], llm = run(job)
+            if llm is not None:
+                stop(llm)
+            del llm
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+        print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
