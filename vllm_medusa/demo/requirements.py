@@ -30,4 +30,9 @@ TEST_TOOLS = (
     "pytest-timeout==2.4.0",
     "hypothesis==6.170.15",
     "ruff==0.17.6",
+    # what `vllm-medusa[train]` brings
+    "accelerate==1.15.0",
+    "matplotlib==3.11.2",
+    "peft==0.21.2",
+    "pyarrow==26.0.1",
 )
