@@ -28,9 +28,9 @@ INDEX = "model.safetensors.index.json"
 TRACE = "executed"
 HUGE = (2**31, 2**40, 2**63 - 1, 2**64 - 1, 10**12, -1)
 DTYPES = (
-    "BOOL U8 I8 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64 C64 F8_E4M3 F8_E5M2 F8_E8M0 F4 "
-    "F6_E2M3 F6_E3M2 f32 X"
-).split()
+    "BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64",
+    "C64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "f32", "X",
+)  # fmt: skip
 TORCH_DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
     torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn,
@@ -232,7 +232,8 @@ def pickle_bytes(rng: Random, tensors: dict, trace: Path) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization="legacy" not in kind)
     if kind == "compressed":
-        return _rezip(buffer.getvalue(), rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED))), kind
+        method = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED))
+        return _rezip(buffer.getvalue(), method), kind
     if kind == "sizes":
         return _lie_about_sizes(rng, buffer.getvalue()), kind
     return buffer.getvalue(), kind

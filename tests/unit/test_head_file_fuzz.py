@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from vllm_medusa.checkpoint import CheckpointError, HeadWeights, load_heads
 from vllm_medusa.tree import TokenTree
 
-FEW, MANY = 3000, 1_000_000
+FEW, PARTS, PER_PART = 3000, 10, 100_000
 # Address space that a case may add; the largest that loads here holds a few kilobytes.
 MOST_MEMORY = 1 << 30
 # Far above any honest case (milliseconds): only an endless loop gets there.
@@ -98,18 +98,19 @@ def test_any_file_loads_or_is_refused(tmp_path_factory, rng):
 
 
 @pytest.mark.long
-def test_a_million_files_load_or_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_million_files_load_or_are_refused(tmp_path, capsys, part):
     """Seeds 0 to 10^6 - 1; a failure names its seed, so `write_case(Random(seed), ..)` is it."""
     started, loaded = time.monotonic(), 0
     with bounded():
-        for seed in range(MANY):
+        for seed in range(part * PER_PART, (part + 1) * PER_PART):
             case = write_case(random.Random(seed), tmp_path / "fuzz")
             try:
                 loaded += check(case)
             except BaseException as error:
                 raise AssertionError(f"seed {seed}, {case.steps}, {case.arguments}") from error
-    rate = MANY / (time.monotonic() - started)
+    rate = PER_PART / (time.monotonic() - started)
     with capsys.disabled():
-        print(f"\n{MANY} files, {loaded} of them loaded, {rate:.0f} a second")
+        print(f"\n{PER_PART} files, {loaded} of them loaded, {rate:.0f} a second")
     # Both outcomes really happen.
-    assert 0.02 < loaded / MANY < 0.98
+    assert 0.05 < loaded / PER_PART < 0.95
