@@ -1,7 +1,7 @@
 """Write README's tables from the JSON records in benchmarks/results.
 
-    python benchmarks/report.py            # rewrites the marked sections of README.md
-    python benchmarks/report.py --check    # fails when README is out of date
+python benchmarks/report.py            # rewrites the marked sections of README.md
+python benchmarks/report.py --check    # fails when README is out of date
 """
 
 from __future__ import annotations
@@ -105,11 +105,13 @@ def cpu_runner_section(path: Path) -> str:
 
 
 def refusals_section() -> str:
-    """The refusal table of the start-up check."""
+    """What is supported, and the refusals of the start-up check."""
     sys.path.insert(0, str(ROOT))
-    from vllm_medusa.compatibility import REFUSALS
+    from vllm_medusa.compatibility import REFUSAL_TEST, REFUSALS, SUPPORTED
 
-    return table(["refused", "because"], [[r.feature, r.reason] for r in REFUSALS])
+    rows = [[s.feature, s.status, f"`{s.test}`"] for s in SUPPORTED]
+    rows += [[r.feature, f"refused: {r.reason}", f"`{REFUSAL_TEST}`"] for r in REFUSALS]
+    return table(["feature", "status", "tested by"], rows)
 
 
 def results_section() -> str:

@@ -179,7 +179,7 @@ def _hidden_size(
     table = reader.table
     key = table.weights[0, 0] if table.weights else lm_head_keys[0]
     tensor = reader.source.read(key)
-    found = tensor.shape[-1] if tensor.ndim else 0
+    found = tensor.shape[-1] if tensor.ndim and tensor.numel() else 0
     if found < 1 or (wanted is not None and found != wanted):
         raise CheckpointError(
             reader.source.file_of(key), key, f"hidden size {found} (shape {list(tensor.shape)})",
@@ -200,7 +200,13 @@ def _read_lm_heads(
     # -> [1 or num_heads, output_size, width]
     if not keys:
         return None
-    rows = reader.source.read(keys[0]).shape[0]
+    first = reader.source.read(keys[0])
+    rows = first.shape[0] if first.ndim else 0
+    if rows < 1:
+        raise CheckpointError(
+            reader.source.file_of(keys[0]), keys[0], f"shape {list(first.shape)}",
+            f"[rows, {width}]", "save the heads again",
+        )
     subset = rows if token_map is None else token_map.shape[1]
     # vLLM keeps full lm_heads beside a token_map and cuts them when it loads.
     cut = reader.table.letter == "D" and rows > subset and token_map.shape[0] == 1

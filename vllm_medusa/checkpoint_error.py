@@ -22,6 +22,11 @@ class CheckpointError(ValueError):
         self, file: Path | str, key: str | None, found: str, expected: str, remedy: str
     ) -> None:
         where = f"{file}: {key}" if key else f"{file}"
-        super().__init__(f"{where}: found {found}, expected {expected}; {remedy}")
+        super().__init__(_one_line(f"{where}: found {found}, expected {expected}; {remedy}"))
         self.file, self.key = file, key
         self.found, self.expected, self.remedy = found, expected, remedy
+
+
+def _one_line(text: str) -> str:
+    """Names come from the file and may hold anything; control characters are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

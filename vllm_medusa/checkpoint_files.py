@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ KNOWN_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+
+# Of one file; what common file systems take.
+MOST_NAME_LENGTH = 255
 
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
@@ -78,10 +81,17 @@ class TensorSource:
 
 def find_source(path: str | Path) -> TensorSource:
     """Locate a checkpoint: directory, file, shard index or Hugging Face hub id."""
-    local = Path(path).expanduser()
-    if local.is_dir():
+    try:
+        local = Path(path).expanduser()
+        is_folder, is_file = local.is_dir(), local.is_file()
+    except (OSError, RuntimeError) as error:  # name too long, no access, no such user
+        raise CheckpointError(
+            path, None, f"a path that cannot be looked up ({error})", "a checkpoint",
+            "give a directory, a .safetensors or .pt file, or a hub id such as owner/name",
+        ) from None
+    if is_folder:
         return _open_file(local, _pick_file(local))
-    if local.is_file():
+    if is_file:
         return _open_file(local, local)
     match = _HUB_ID.fullmatch(str(path))
     if match is None or str(path).endswith((*PICKLE_SUFFIXES, ".safetensors")):
@@ -99,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             path, None, f"unreadable JSON ({error})", "a JSON mapping", "repair or remove the file"
         ) from None
@@ -134,8 +144,10 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
         "into safetensors.", file
     )
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        _check_archive(file)
+        # Mapped, so that a tensor cannot claim more bytes than its record has.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damage makes the unpickler raise anything, KeyError to IndexError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             file, None, f"a pickle that cannot be read safely ({reason})",
@@ -147,12 +159,35 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
             "save `medusa_head.state_dict()` instead of the object",
         )
     for key, value in content.items():
-        if not isinstance(value, torch.Tensor):
+        what = _what_is_wrong(key, value)
+        if what:
             raise CheckpointError(
-                file, str(key), f"a {type(value).__name__}", "a tensor",
+                file, str(key), what, "the name and values of a tensor",
                 "save the heads' state dict alone",
             )
     return content
+
+
+def _check_archive(file: Path) -> None:
+    """Only archives as torch.save writes them: others can claim to be larger than they are."""
+    if not zipfile.is_zipfile(file):
+        raise ValueError("not the zip format of torch.save since PyTorch 1.6")
+    with zipfile.ZipFile(file) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("compressed records, which torch.save never writes")
+
+
+def _what_is_wrong(key: Any, value: Any) -> str | None:
+    """Why an entry of a state dict is no plain tensor in memory, None when it is one."""
+    if not isinstance(key, str):
+        return f"a key of type {type(key).__name__}"
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return f"a tensor of layout {value.layout} on {value.device}, quantised or without values"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"shape {list(value.shape)} over {value.untyped_storage().nbytes()} bytes"
+    return None
 
 
 def _open_file(path: Path, file: Path) -> TensorSource:
@@ -163,6 +198,8 @@ def _open_file(path: Path, file: Path) -> TensorSource:
                 file, "weight_map", repr(weight_map), "tensor names and shard files",
                 "download the checkpoint again",
             )
+        for key, shard in weight_map.items():
+            _check_shard_name(file, key, shard)
         return TensorSource(
             path, file.parent, {key: file.parent / shard for key, shard in weight_map.items()}
         )
@@ -176,6 +213,22 @@ def _open_file(path: Path, file: Path) -> TensorSource:
     source = TensorSource(path, file.parent, dict.fromkeys(opened.keys(), file))
     source._opened[file] = opened
     return source
+
+
+def _check_shard_name(index: Path, key: str, shard: Any) -> None:
+    """A shard is a weights file in the index's own directory or below."""
+    if (
+        not isinstance(shard, str)
+        or not shard.endswith((*PICKLE_SUFFIXES, ".safetensors"))
+        or not shard.isprintable()
+        or len(shard) > MOST_NAME_LENGTH
+        or Path(shard).is_absolute()
+        or ".." in Path(shard).parts
+    ):
+        raise CheckpointError(
+            index, key, f"the shard {str(shard)[:MOST_NAME_LENGTH]!r}",
+            "a weights file in the same directory", "download the checkpoint again",
+        )
 
 
 def _pick_file(directory: Path) -> Path:

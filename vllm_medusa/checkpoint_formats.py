@@ -28,18 +28,23 @@ MAP_KEYS = ("token_map", "token_id_remap", "d2t", "t2d")
 # Config keys that only the speculators format writes; its keys are D's otherwise.
 SPECULATORS_CONFIG = ("speculators_model_type", "medusa_hidden_size", "medusa_vocab_size")
 
+# Of heads and layers; a longer one is damage and would only make sizes explode.
+_NUMBER = "[0-9]{1,3}"
 # `{head}.{layer}.linear.weight`, `{head}.{layer}.weight` (lm_head) and FP8 scales.
 _NESTED = re.compile(
-    r"(?P<head>\d+)\.(?P<layer>\d+)\.(?P<linear>linear\.)?"
+    rf"(?P<head>{_NUMBER})\.(?P<layer>{_NUMBER})\.(?P<linear>linear\.)?"
     r"(?P<part>weight|bias|weight_scale|input_scale)"
 )
-_BLOCK = re.compile(r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<part>weight|bias)")
+_BLOCK = re.compile(
+    rf"blocks\.(?P<head>{_NUMBER})\.layers\.(?P<layer>{_NUMBER})\.(?P<part>weight|bias)"
+)
 # What only format M has: `{head}.lm_head.weight` (or a common one), `{head}.lm_head_down.weight`,
 # `{head}.path.{place}.weight`.
 _OWN = re.compile(
-    r"(?:(?P<head>\d+)\.)?(?P<part>lm_head|lm_head_down|path\.(?P<place>\d+))\.weight"
+    rf"(?:(?P<head>{_NUMBER})\.)?"
+    rf"(?P<part>lm_head|lm_head_down|path\.(?P<place>{_NUMBER}))\.weight"
 )
-_LM_HEAD = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
+_LM_HEAD = re.compile(rf"lm_heads\.(?P<head>{_NUMBER})\.weight")
 
 # (pattern searched in the keys, what it is, what to do)
 _FOREIGN = (

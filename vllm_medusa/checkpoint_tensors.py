@@ -15,6 +15,8 @@ from vllm_medusa.checkpoint_formats import KeyTable
 logger = logging.getLogger(__name__)
 
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Tied layers are copied out; FasterDecoding trained with one or two.
+MOST_TIED_LAYERS = 16
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -91,7 +93,7 @@ class HeadReader:
             )
         if table.flat or table.named_lm_heads or position == num_layers:
             return None
-        if num_layers == 1 and position > 1:
+        if num_layers == 1 and 1 < position <= MOST_TIED_LAYERS:
             logger.warning(
                 "%s: one layer per head in front of lm_head %d; reading it as %d tied layers",
                 self.source.path, position, position,
@@ -158,6 +160,11 @@ class HeadReader:
         tensor = self.source.read(key)
         if tuple(tensor.shape) != (size,):
             self._refuse_shape(key, tensor, f"[{size}]")
+        if tensor.dtype in FP8_DTYPES:
+            raise CheckpointError(
+                self.source.file_of(key), key, f"a bias in {tensor.dtype}",
+                "biases in bfloat16, float16, float32 or float64", "save the biases unquantised",
+            )
         return self._finite(key, tensor, dtype)
 
     def _refuse_shape(self, key: str, tensor: torch.Tensor, expected: str) -> None:
@@ -172,7 +179,7 @@ class HeadReader:
         if scale_key is None:
             raise self.missing(f"{key}_scale", f"{tensor.dtype} weights")
         scale = self.source.read(scale_key)
-        if scale.numel() not in (1, tensor.shape[0]) or not scale.is_floating_point():
+        if scale.numel() not in (1, tensor.shape[0]) or scale.dtype not in PLAIN_DTYPES:
             raise CheckpointError(
                 self.source.file_of(scale_key), scale_key,
                 f"shape {list(scale.shape)} {scale.dtype}",
@@ -212,7 +219,9 @@ def stack(
     read: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Fill a tensor of ``shape`` with ``read(*place)`` at each place; one copy in memory."""
+    # Read before anything is allocated: the first matrix may not have the shape it should.
+    first = [read(*place) for place in places[:1]]
     result = torch.empty(shape, dtype=dtype)
     for place in places:
-        result[place] = read(*place)
+        result[place] = first.pop() if first else read(*place)
     return result

@@ -1,4 +1,7 @@
-"""What a token tree cannot be combined with yet, checked once at start-up."""
+"""What a token tree runs with, and what it cannot be combined with yet.
+
+The second part is checked once at start-up; README's table is made of both.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,85 @@ class Refusal:
     feature: str
     reason: str
     applies: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Supported:
+    """A vLLM feature or a kind of model whose output was compared with plain vLLM's.
+
+    Attributes
+    ----------
+    feature : str
+        As a user names it.
+    status : str
+        ``works``, or what is different about it.
+    test : str
+        The test that shows it: ``file::function`` or ``file::function[parameter]``.
+    """
+
+    feature: str
+    status: str
+    test: str
+
+
+WORKS = "works"
+NO_SPEED_UP = "works, without speed-up: such a request accepts no drafts"
+
+_FAMILIES = "tests/integration/test_families.py::test_family_identity"
+_FEATURES = "tests/integration/test_features.py::test_feature_identity"
+_IDENTITY = "tests/integration/test_identity.py"
+
+SUPPORTED: tuple[Supported, ...] = (
+    Supported("greedy decoding", WORKS, f"{_IDENTITY}::test_greedy_equals_stock_v1_runner"),
+    Supported(
+        "seeded sampling, top-k, top-p, min-p, stop tokens",
+        WORKS,
+        f"{_IDENTITY}::test_seeded_sampling_equals_stock_v2_runner",
+    ),
+    Supported(
+        "chunked prefill, prefix caching, preemption",
+        WORKS,
+        f"{_IDENTITY}::test_greedy_equals_stock_v1_runner",
+    ),
+    Supported(
+        "a request that reaches max_model_len inside a tree",
+        WORKS,
+        f"{_IDENTITY}::test_output_up_to_the_model_length",
+    ),
+    Supported(
+        "logit bias, allowed tokens, min tokens",
+        WORKS,
+        f"{_IDENTITY}::test_requests_that_cannot_branch_still_agree",
+    ),
+    Supported(
+        "penalties, bad words, thinking budgets, structured outputs",
+        NO_SPEED_UP,
+        f"{_IDENTITY}::test_requests_that_cannot_branch_still_agree",
+    ),
+    Supported("logprobs", WORKS, f"{_IDENTITY}::test_logprobs_are_those_of_the_accepted_rows"),
+    Supported("prompt logprobs", WORKS, f"{_FEATURES}[prompt logprobs]"),
+    Supported("requests aborted in mid-stream", WORKS, f"{_FEATURES}[abort]"),
+    Supported("prompts as embeddings", WORKS, f"{_FEATURES}[embeddings]"),
+    Supported("W8A8 int8 weights (compressed-tensors)", WORKS, f"{_FEATURES}[int8]"),
+    Supported(
+        "another engine before or after it in one process",
+        WORKS,
+        "tests/integration/test_features.py::test_engines_one_after_another",
+    ),
+    Supported("Llama, SmolLM3", WORKS, f"{_FAMILIES}[smollm3]"),
+    Supported("Mistral, sliding window", WORKS, f"{_FAMILIES}[mistral]"),
+    Supported("Qwen2, Qwen3", WORKS, f"{_FAMILIES}[qwen3]"),
+    Supported("Gemma, Gemma 2, Gemma 3 (text): windows, soft caps", WORKS, f"{_FAMILIES}[gemma2]"),
+    Supported("Phi-3", WORKS, f"{_FAMILIES}[phi3]"),
+    Supported("Mixtral, Qwen2-MoE, Qwen3-MoE", WORKS, f"{_FAMILIES}[mixtral]"),
+    Supported("GPT-OSS: attention sinks, windows", WORKS, f"{_FAMILIES}[gpt_oss]"),
+    Supported("GPT-2, OPT: learned positions", WORKS, f"{_FAMILIES}[gpt2]"),
+    Supported("GPT-NeoX, OLMo 2, Granite, Cohere, StableLM", WORKS, f"{_FAMILIES}[gpt_neox]"),
+    Supported("M-RoPE positions (Qwen2-VL and others)", WORKS, f"{_FAMILIES}[mrope]"),
+)
+
+# Where every refusal is provoked.
+REFUSAL_TEST = "tests/unit/test_compatibility.py::test_refusal"
 
 
 def _v2_runner_off(config: Any) -> bool:
@@ -76,10 +158,32 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.model_config.is_mm_prefix_lm,
     ),
     Refusal(
+        "chunked local attention (Llama 4)",
+        "its chunks are cut along the batch row, where a tree has branches",
+        lambda c: bool(getattr(c.model_config.hf_text_config, "attention_chunk_size", None)),
+    ),
+    Refusal(
+        "reference sliding windows",
+        "their reference rows are counted along the batch row, where a tree has branches",
+        lambda c: c.model_config.rswa_window is not None,
+    ),
+    Refusal(
+        "LoRA adapters",
+        "vLLM's V2 runner knows the adapter of one row of logits a request, a tree has several",
+        lambda c: c.lora_config is not None,
+    ),
+    Refusal(
+        "KV connectors (offloading, disaggregated prefill)",
+        "they copy cache blocks before the accepted rows have moved to their places",
+        lambda c: c.kv_transfer_config is not None,
+    ),
+    Refusal(
         "decode or prefill context parallelism",
         "accepted rows would have to move between ranks",
-        lambda c: c.parallel_config.decode_context_parallel_size > 1
-        or c.parallel_config.prefill_context_parallel_size > 1,
+        lambda c: (
+            c.parallel_config.decode_context_parallel_size > 1
+            or c.parallel_config.prefill_context_parallel_size > 1
+        ),
     ),
     Refusal(
         "dual batch overlap",
@@ -104,8 +208,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "pipeline parallelism without async scheduling",
         "vLLM's V2 runner asserts on it with drafts; drop --no-async-scheduling",
-        lambda c: c.parallel_config.pipeline_parallel_size > 1
-        and not c.scheduler_config.async_scheduling,
+        lambda c: (
+            c.parallel_config.pipeline_parallel_size > 1 and not c.scheduler_config.async_scheduling
+        ),
     ),
     Refusal(
         "custom logits processors",

@@ -125,7 +125,7 @@ class TokenTree:
                 f"tree: {path} does not exist; give a tree.json file, widths, paths or one of "
                 f"the presets {', '.join(PUBLISHED_PATHS)}"
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"tree: cannot read {path} as JSON: {error}") from None
         try:
             return cls._from_json(content)

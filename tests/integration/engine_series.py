@@ -3,8 +3,8 @@
     python engine_series.py JOBS.json RESULTS.json
 
 JOBS: {name: job}, in order.  A job is {"engine": {LLM arguments}, "plain_v2": bool,
-"batches": [batch], "break": null | "compaction" | "rope", "act": null | "sleep"};
-:func:`generate` says what a batch may hold.  With "config_only" (and perhaps "env") the
+"batches": [batch], "break": null | "compaction" | "rope"}; :func:`generate` says what
+a batch may hold.  With "config_only" (and perhaps "env") the
 engine's config is made and nothing else.
 RESULTS: {name: {"batches", "counters", "runner"}, or {"error": text}}.
 """
@@ -70,9 +70,6 @@ def run(job: dict) -> tuple[dict, Any | None]:
     if job.get("break"):
         break_something(job["break"])
     llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
-    if job.get("act") == "sleep":
-        llm.sleep(level=1)
-        llm.wake_up()
     batches = [generate(llm, batch) for batch in job["batches"]]
     core = llm.llm_engine.engine_core.engine_core
     runner = type(core.model_executor.driver_worker.worker.model_runner).__name__
@@ -82,9 +79,9 @@ def run(job: dict) -> tuple[dict, Any | None]:
 def generate(llm: Any, batch: dict) -> list[dict]:
     """One batch's outputs.
 
-    Besides "prompts" and "sampling", a batch may name a "lora" adapter's directory (every
-    second request uses it), an "embeddings" tensor file (prompts become embeddings), or
-    requests to "abort" [indices] once their output has "abort_after" tokens.
+    Besides "prompts" and "sampling", a batch may name an "embeddings" tensor file (prompts
+    become embeddings), or requests to "abort" [indices] once their output has "abort_after"
+    tokens.
     """
     from vllm import SamplingParams
 
@@ -95,16 +92,10 @@ def generate(llm: Any, batch: dict) -> list[dict]:
         table = torch.load(batch["embeddings"], weights_only=True)
         prompts = [{"prompt_embeds": table[ids]} for ids in batch["prompts"]]
     params = [engine_job.sampling_params(SamplingParams, p) for p in batch["sampling"]]
-    adapters = [None] * len(prompts)
-    if "lora" in batch:
-        from vllm.lora.request import LoRARequest
-
-        adapter = LoRARequest("adapter", 1, batch["lora"])
-        adapters = [adapter if index % 2 else None for index in range(len(prompts))]
     if "abort" in batch:
         outputs = generate_and_abort(llm, prompts, params, batch["abort"], batch["abort_after"])
     else:
-        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
     return [
         {
             "token_ids": list(output.outputs[0].token_ids),

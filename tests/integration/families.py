@@ -142,7 +142,7 @@ def make_family(name: str, directory: Path, seed: int = 0) -> Any:
 
 @torch.no_grad()
 def fit_family_heads(model: Any, directory: Path) -> float:
-    """Write heads of one layer and own lm_heads; returns head 1's accuracy on its data.
+    """Write heads of one layer and own lm_heads; return head 1's accuracy on its own data.
 
     The layers do nothing (zero weights); the lm_heads are the least-squares map from a hidden
     state to the tokens after the next, on the model's own greedy output.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 pytestmark = pytest.mark.vllm
 W = 8  # rows of the largest tree
+CUT = 3  # rows that a schedule cuts it to
 
 
 @pytest.fixture
@@ -16,11 +15,12 @@ def builder(monkeypatch):
     from vllm.v1.attention.backends import flash_attn
 
     from vllm_medusa.attention_backend import TreeAttentionMetadataBuilder
+    from vllm_medusa.tree import TokenTree
+    from vllm_medusa.tree_batch import TreeBatch
 
     made = object.__new__(TreeAttentionMetadataBuilder)
-    made.tree_batch = SimpleNamespace(
-        num_tree_reqs=0, num_rows=W, step_masks=torch.zeros(8, W, dtype=torch.int64)
-    )
+    chain = TokenTree.from_paths([[0] * depth for depth in range(1, W)])
+    made.tree_batch = TreeBatch(chain, 8, torch.device("cpu"), row_counts=(1, CUT, W))
     monkeypatch.setattr(
         flash_attn.FlashAttentionMetadataBuilder,
         "build",
@@ -91,6 +91,9 @@ def test_padded_requests_of_a_full_graph_belong_to_the_launch(builder):
 def test_capture_takes_the_tree_kernel_for_full_uniform_batches_only(builder):
     captured = builder.build_for_cudagraph_capture(batch([8, 8], [0, 0]))
     assert (captured.num_tree_reqs, captured.rest) == (2, None)
+    cut = builder.build_for_cudagraph_capture(batch([CUT, CUT], [0, 0]))
+    assert (cut.num_tree_reqs, cut.max_query_len, cut.rest) == (2, CUT, None)
+    assert builder.build_for_cudagraph_capture(batch([1, 1], [0, 0]))[0] == "flash"
     assert builder.build_for_cudagraph_capture(batch([4, 4], [0, 0]))[0] == "flash"
     assert builder.build_for_cudagraph_capture(batch([8, 3], [0, 0]))[0] == "flash"
 

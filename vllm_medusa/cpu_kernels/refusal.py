@@ -15,7 +15,6 @@ _RUNNER_MODULES = "vllm.v1.worker.gpu."
 _CAUSES = (
     ("sample.batch_shard", "Batch-sharded sampling"),
     ("sample.watermark", "Watermarking (watermark_config)"),
-    ("prompt_embeds", "Prompt embeddings (enable_prompt_embeds)"),
     ("cp_utils", "Decode context parallelism (decode_context_parallel_size > 1)"),
     ("mamba", "A model with Mamba layers"),
     ("recoverssm", "A model with Mamba layers"),

@@ -23,6 +23,7 @@ from vllm_medusa.cpu_kernels.kv_blocks import zero_kv_blocks_kernel
 from vllm_medusa.cpu_kernels.logit_bias import bias_kernel
 from vllm_medusa.cpu_kernels.min_p import min_p_kernel
 from vllm_medusa.cpu_kernels.num_nans import num_nans_kernel
+from vllm_medusa.cpu_kernels.prompt_embeds import apply_prompt_embeds_kernel
 from vllm_medusa.cpu_kernels.rope_positions import prepare_rope_positions_kernel
 from vllm_medusa.cpu_kernels.sampling_mask import compact_sampling_mask_kernel
 from vllm_medusa.cpu_kernels.temperature import temperature_kernel
@@ -49,6 +50,7 @@ _MODULES: dict[str, tuple[Callable[..., Any], ...]] = {
         step_results.post_update_num_computed_tokens_kernel,
     ),
     f"{_RUNNER}.mm.rope": (prepare_rope_positions_kernel,),
+    f"{_RUNNER}.model_states.prompt_embeds": (apply_prompt_embeds_kernel,),
     f"{_RUNNER}.metrics.logits": (num_nans_kernel,),
     f"{_RUNNER}.structured_outputs": (apply_grammar_bitmask_kernel,),
     f"{_RUNNER}.sample.gumbel": (gumbel_sample_kernel, temperature_kernel),

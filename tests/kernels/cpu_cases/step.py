@@ -5,6 +5,7 @@ import torch
 from vllm.v1.worker import utils as worker_utils
 from vllm.v1.worker.gpu import block_table, buffer_utils, input_batch
 from vllm.v1.worker.gpu.mm import rope
+from vllm.v1.worker.gpu.model_states import prompt_embeds as embeds_module
 
 MAX_REQS, MAX_LEN, MAX_TOKENS, NUM_BLOCKS, BLOCK_SIZE = 12, 64, 128, 16, 4
 STEPS = 5
@@ -286,6 +287,40 @@ def rope_positions(query_lens):
     return case
 
 
+def prompt_embeds(query_lens, embeds_len, dtype, masked):
+    """Case of prompt embeddings over token embeddings, of every second request or all."""
+
+    def case(rng):
+        state = batch(rng, query_lens)
+        hidden_size = 40
+        written = ints(rng, 0, 9, MAX_TOKENS, hidden_size, dtype=dtype)
+        given = ints(rng, 10, 99, MAX_REQS, embeds_len, hidden_size, dtype=dtype)
+        masks = ints(rng, 0, 2, MAX_REQS, embeds_len, dtype=torch.uint8)
+        lengths = t(np.where(np.arange(MAX_REQS) % 2 == 0, embeds_len, 0 if masked else 3))
+
+        def addresses(tensor):
+            return torch.tensor([row.data_ptr() for row in tensor], dtype=torch.uint64)
+
+        tokens_per_program = embeds_module.TOKEN_BLOCK
+        programs = -(-max(query_lens) // tokens_per_program)
+        embeds_module._apply_prompt_embeds_kernel[(len(query_lens), programs)](
+            written,
+            written.stride(0),
+            addresses(given),
+            addresses(masks) if masked else torch.zeros(MAX_REQS, dtype=torch.uint64),
+            lengths,
+            state["reqs"],
+            state["starts"],
+            state["computed"],
+            hidden_size,
+            TOKEN_BLOCK=tokens_per_program,
+            BLOCK_SIZE=16,
+        )
+        return {"inputs_embeds": written}
+
+    return case
+
+
 def zero_blocks(rng):
     """Case of KV-block zeroing: two segments of different strides."""
     segments = [ints(rng, 1, 9, 8, 16), ints(rng, 1, 9, 8, 32)]
@@ -334,5 +369,8 @@ CASES = {
     "slots: two groups, one without mapping": slots(2, [5, 1, 12]),
     "slots: a dummy request": slots(1, [2, 3, 1], dummies=[1]),
     "rope positions": rope_positions([6, 1, 3, 1, 9, 2]),
+    "prompt embeddings": prompt_embeds([6, 1, 20, 1, 9, 2], 30, torch.float32, False),
+    "prompt embeddings: token ids among them": prompt_embeds([6, 1, 20], 25, torch.float32, True),
+    "prompt embeddings: bfloat16": prompt_embeds([4, 18], 30, torch.bfloat16, True),
     "zero KV blocks": zero_blocks,
 }

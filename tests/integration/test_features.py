@@ -1,0 +1,175 @@
+"""Features of vLLM beside a token tree: the output of plain vLLM, or a refusal at start.
+
+Each case is two engines, with Medusa and without, in one series of engines.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+import variants
+from test_families import ENGINE, NODES, batches, token_ids
+from tiny import HIDDEN, VOCAB
+
+pytestmark = pytest.mark.vllm
+
+ABORTED, ABORTED_AFTER = [1, 4, 9], 11
+CASES = ("plain", "prompt logprobs", "abort", "embeddings", "int8")
+# float32 log-softmax of one vocabulary, summed in another order.
+LOGPROB_TOLERANCE = 2e-4
+
+
+def feature_jobs(tiny: dict[str, str], root: Path) -> dict[str, dict]:
+    """Case -> the job without Medusa."""
+    variants.write_embeddings(Path(tiny["model"]), root / "table.pt")
+    variants.write_int8(Path(tiny["model"]), root / "int8")
+    engine = {"model": tiny["model"], **ENGINE}
+    with_logprobs = batches()
+    for batch in with_logprobs:
+        batch["sampling"] = [params | {"prompt_logprobs": 2} for params in batch["sampling"]]
+    aborting = [b | {"abort": ABORTED, "abort_after": ABORTED_AFTER} for b in batches()]
+    embedded = [batch | {"embeddings": str(root / "table.pt")} for batch in batches()]
+    return {
+        "plain": {"engine": engine, "batches": batches()},
+        "prompt logprobs": {"engine": engine, "batches": with_logprobs},
+        # The next batch runs in the slots that the aborted requests left.
+        "abort": {"engine": engine, "batches": [*aborting, *batches()]},
+        "embeddings": {"engine": engine | {"enable_prompt_embeds": True}, "batches": embedded},
+        "int8": {"engine": engine | {"model": str(root / "int8")}, "batches": batches()},
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tiny, run_series, tmp_path_factory) -> dict[str, dict]:
+    """``case`` and ``case, medusa`` -> result; V1 and V2 engines around them."""
+    jobs = feature_jobs(tiny, tmp_path_factory.mktemp("features"))
+    config = {"method": "medusa", "model": tiny["heads"], "num_speculative_tokens": NODES}
+    series = {"V1 before": jobs["plain"]}
+    for name, job in jobs.items():
+        engine = job["engine"] | {"speculative_config": config}
+        series[f"{name}, medusa"] = {**job, "engine": engine}
+    series["V1 after"] = jobs["plain"]
+    series |= {name: {**job, "plain_v2": True} for name, job in jobs.items()}
+    return run_series(series)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_feature_identity(results, case):
+    expected, found = token_ids(results[case]), token_ids(results[f"{case}, medusa"])
+    if case == "abort":
+        for batches in (expected, found):
+            for batch in batches[:2]:
+                for index in ABORTED:
+                    # A tree may return several tokens in the step that reached the limit.
+                    assert ABORTED_AFTER <= len(batch[index]) < 48
+                    del batch[index][ABORTED_AFTER:]
+    assert found == expected
+    assert results[f"{case}, medusa"]["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert results[f"{case}, medusa"]["runner"] == "MedusaCPUModelRunner"
+    assert results[case]["runner"] == "CPUModelRunner"
+
+
+def test_prompt_logprobs_are_the_prompt_s(results):
+    pairs = zip(
+        *(results[name]["batches"] for name in ("prompt logprobs", "prompt logprobs, medusa")),
+        strict=True,
+    )
+    for left, right in ((a, b) for p, q in pairs for a, b in zip(p, q, strict=True)):
+        assert left["prompt_logprobs"][0] is right["prompt_logprobs"][0] is None
+        for plain, ours in zip(
+            left["prompt_logprobs"][1:], right["prompt_logprobs"][1:], strict=True
+        ):
+            assert [(t, rank) for t, _, rank in plain] == [(t, rank) for t, _, rank in ours]
+            for (_, x, _), (_, y, _) in zip(plain, ours, strict=True):
+                assert abs(x - y) < LOGPROB_TOLERANCE
+
+
+def test_embeddings_of_tokens_are_the_tokens(results):
+    assert token_ids(results["embeddings, medusa"]) == token_ids(results["plain"])
+
+
+def test_int8_is_another_model(results):
+    assert token_ids(results["int8"]) != token_ids(results["plain"])
+
+
+def test_engines_one_after_another(results):
+    """vLLM remembers attention backends for a whole process; each engine gets its own."""
+    before, after = token_ids(results["V1 before"]), token_ids(results["V1 after"])
+    assert before == after
+    # The runners draw different noise from one seed: only the greedy batch is comparable.
+    assert token_ids(results["plain, medusa"])[0] == before[0]
+
+
+def model_configs(root: Path) -> dict[str, str]:
+    """config.json, without weights, of models that a tree does not serve."""
+    common = {"vocab_size": VOCAB, "hidden_size": HIDDEN}
+    attention = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    latent = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    configs = {
+        "MambaForCausalLM": transformers.MambaConfig(**common, num_hidden_layers=2, state_size=8),
+        "Qwen3NextForCausalLM": transformers.Qwen3NextConfig(
+            **common, **attention | {"num_hidden_layers": 4}
+        ),
+        "DeepseekV2ForCausalLM": transformers.DeepseekV2Config(
+            **common, **attention | {"num_key_value_heads": 2}, **latent, qk_rope_head_dim=16
+        ),
+        "Llama4ForCausalLM": transformers.Llama4TextConfig(**common, **attention, head_dim=32),
+        "BloomForCausalLM": transformers.BloomConfig(**common, n_layer=2, n_head=2),
+    }
+    paths = {}
+    for name, config in configs.items():
+        config.architectures = [name]
+        config.save_pretrained(root / name)
+        paths[name] = str(root / name)
+    return paths
+
+
+REFUSED = {
+    "V1 runner": ({"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}, "the V1 model runner"),
+    "Mamba": ("MambaForCausalLM", "recurrent layers"),
+    "gated delta net": ("Qwen3NextForCausalLM", "recurrent layers"),
+    "MLA": ("DeepseekV2ForCausalLM", "multi-head latent attention"),
+    "chunked attention": ("Llama4ForCausalLM", "chunked local attention"),
+    "ALiBi": ("BloomForCausalLM", "ALiBi"),
+    "pooling": ({"runner": "pooling"}, "pooling models"),
+    "context parallelism": ({"prefill_context_parallel_size": 2}, "context parallelism"),
+    "dual batch overlap": ({"ubatch_size": 2}, "dual batch overlap"),
+    "fast prefill": ({"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
+    "FP8 cache": ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
+    "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism without async"),
+    "logits processors": ({"logits_processors": ["a:B"]}, "custom logits processors"),
+    "LoRA": ({"enable_lora": True, "max_num_seqs": 4}, "LoRA adapters"),
+    "KV offloading": ({"kv_offloading_size": 1.0}, "KV connectors"),
+    "KV connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "KV connectors",
+    ),
+    # vLLM's own refusal on a CPU.
+    "sleep mode": ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(tiny, run_series, tmp_path_factory) -> dict[str, dict]:
+    paths = model_configs(tmp_path_factory.mktemp("configs"))
+    config = {"method": "medusa", "model": tiny["heads"], "num_speculative_tokens": 8}
+    engine = {"model": tiny["model"], **ENGINE, "speculative_config": config}
+    jobs = {}
+    for name, (change, _) in REFUSED.items():
+        extra = {"model": paths[change]} if isinstance(change, str) else dict(change)
+        env = extra.pop("env", {})
+        # Positions are only seen to be ALiBi's when the layers are built.
+        whole = name == "ALiBi"
+        if whole:
+            extra["load_format"] = "dummy"
+        jobs[name] = {"engine": engine | extra, "env": env, "config_only": not whole}
+        jobs[name]["batches"] = []
+    return run_series(jobs)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_at_start(refusals, name):
+    error = refusals[name].get("error", "not refused")
+    assert REFUSED[name][1] in error, error
