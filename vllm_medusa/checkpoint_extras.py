@@ -26,44 +26,30 @@ class Extras(NamedTuple):
 
 def read_extras(reader: HeadReader, num_heads: int, hidden_size: int, dtype: torch.dtype) -> Extras:
     """Read both kinds, complete or not at all."""
-    return Extras(
-        _read_down(reader, num_heads, hidden_size, dtype),
-        _read_paths(reader, num_heads, hidden_size, dtype),
+    table = reader.table
+    down = None
+    if keys := table.lm_heads_down:
+        _check_complete(reader, keys, range(num_heads), "{}.lm_head_down.weight")
+        if not (table.lm_heads or table.common_lm_head):
+            raise reader.missing("0.lm_head.weight", "lm_head_down without an lm_head")
+        rank = reader.source.read(keys[0]).shape[0]
+        down = _stack(reader, [keys[head] for head in range(num_heads)], (rank, hidden_size), dtype)
+    paths = None
+    if keys := table.path_weights:
+        pairs = [(head, place) for head in range(num_heads) for place in range(head + 1)]
+        _check_complete(reader, keys, pairs, "{0[0]}.path.{0[1]}.weight")
+        paths = _stack(reader, [keys[pair] for pair in pairs], (hidden_size, hidden_size), dtype)
+    return Extras(down, paths)
+
+
+def _stack(
+    reader: HeadReader, keys: list[str], shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """[len(keys), *shape], one matrix a key."""
+    places = [(index,) for index in range(len(keys))]
+    return stack(
+        (len(keys), *shape), dtype, places, lambda index: reader.matrix(keys[index], shape, dtype)
     )
-
-
-def _read_down(
-    reader: HeadReader, num_heads: int, hidden_size: int, dtype: torch.dtype
-) -> torch.Tensor | None:
-    keys = reader.table.lm_heads_down
-    if not keys:
-        return None
-    _check_complete(reader, keys, range(num_heads), "{}.lm_head_down.weight")
-    if not (reader.table.lm_heads or reader.table.common_lm_head):
-        raise reader.missing("0.lm_head.weight", "lm_head_down without an lm_head")
-    rank = reader.source.read(keys[0]).shape[0]
-
-    def read(head: int) -> torch.Tensor:
-        return reader.matrix(keys[head], (rank, hidden_size), dtype)
-
-    shape = (num_heads, rank, hidden_size)
-    return stack(shape, dtype, [(head,) for head in range(num_heads)], read)
-
-
-def _read_paths(
-    reader: HeadReader, num_heads: int, hidden_size: int, dtype: torch.dtype
-) -> torch.Tensor | None:
-    keys = reader.table.path_weights
-    if not keys:
-        return None
-    pairs = [(head, place) for head in range(num_heads) for place in range(head + 1)]
-    _check_complete(reader, keys, pairs, "{0[0]}.path.{0[1]}.weight")
-
-    def read(index: int) -> torch.Tensor:
-        return reader.matrix(keys[pairs[index]], (hidden_size, hidden_size), dtype)
-
-    shape = (len(pairs), hidden_size, hidden_size)
-    return stack(shape, dtype, [(index,) for index in range(len(pairs))], read)
 
 
 def _check_complete(reader: HeadReader, keys: dict, wanted, name: str) -> None:

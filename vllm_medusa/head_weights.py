@@ -125,6 +125,37 @@ class HeadSpec:
         return self.num_heads if self.vocab_subset_per_head else 1
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Shape of every tensor in :data:`TENSORS`, None for those that such heads do not have."""
+        heads, size = self.num_heads, self.hidden_size
+        stack = (self.num_layers, heads, size)
+        lm_head = (self.num_lm_heads, self.output_size, self.lm_head_width)
+        return {
+            "weight": (*stack, size),
+            "bias": stack if self.bias else None,
+            "lm_head": lm_head if self.own_lm_head else None,
+            "token_map": (self.num_token_maps, self.vocab_subset_size)
+            if self.num_token_maps
+            else None,
+            "lm_head_down": None
+            if self.lm_head_rank is None
+            else (heads, self.lm_head_rank, size),
+            "path_weight": (self.num_path_weights, size, size) if self.sequential else None,
+        }
+
+    def zero_parameters(
+        self, dtype: torch.dtype, device: torch.device | str | None
+    ) -> dict[str, torch.nn.Parameter | None]:
+        """New parameters of every trained tensor, all zero; None where there is none."""
+        return {
+            name: None
+            if shape is None
+            else torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+            for name, shape in self.shapes.items()
+            if name != "token_map"
+        }
+
+    @property
     def num_parameters(self) -> int:
         """Number of trained weights (token maps are not)."""
         layer = self.hidden_size * (self.hidden_size + int(self.bias))
@@ -166,28 +197,10 @@ class HeadWeights:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        spec = self.spec
-        stack = (spec.num_layers, spec.num_heads, spec.hidden_size)
-        wanted = {
-            "weight": ((*stack, spec.hidden_size), spec.dtype),
-            "bias": (stack, spec.dtype) if spec.bias else None,
-            "lm_head": ((spec.num_lm_heads, spec.output_size, spec.lm_head_width), spec.dtype)
-            if spec.own_lm_head
-            else None,
-            "lm_head_down": ((spec.num_heads, spec.lm_head_rank, spec.hidden_size), spec.dtype)
-            if spec.lm_head_rank is not None
-            else None,
-            "path_weight": (
-                (spec.num_path_weights, spec.hidden_size, spec.hidden_size), spec.dtype
-            )
-            if spec.sequential
-            else None,
-            "token_map": ((spec.num_token_maps, spec.vocab_subset_size), torch.int64)
-            if spec.num_token_maps
-            else None,
-        }
-        for name, expected in wanted.items():
+        for name, shape in self.spec.shapes.items():
             tensor = getattr(self, name)
+            dtype = torch.int64 if name == "token_map" else self.spec.dtype
+            expected = None if shape is None else (shape, dtype)
             found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
             if found != expected:
                 raise ValueError(

@@ -38,27 +38,17 @@ class MedusaHeads(nn.Module):
     def __init__(self, spec: HeadSpec, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.spec = spec
-        stack = (spec.num_layers, spec.num_heads, spec.hidden_size)
-        float_kwargs = {"dtype": spec.dtype, "device": device}
+        zeros = spec.zero_parameters(spec.dtype, device)
         # [num_layers, num_heads, hidden_size (out), hidden_size (in)]
-        self.weight = nn.Parameter(torch.zeros(*stack, spec.hidden_size, **float_kwargs))
+        self.weight = zeros["weight"]
         # [num_layers, num_heads, hidden_size]
-        self.bias = nn.Parameter(torch.zeros(stack, **float_kwargs)) if spec.bias else None
+        self.bias = zeros["bias"]
         # [1 or num_heads, output_size, lm_head_width]
-        self.lm_head = None
-        if spec.own_lm_head:
-            shape = (spec.num_lm_heads, spec.output_size, spec.lm_head_width)
-            self.lm_head = nn.Parameter(torch.zeros(shape, **float_kwargs))
+        self.lm_head = zeros["lm_head"]
         # [num_heads, lm_head_rank, hidden_size]
-        self.lm_head_down = None
-        if spec.lm_head_rank is not None:
-            shape = (spec.num_heads, spec.lm_head_rank, spec.hidden_size)
-            self.lm_head_down = nn.Parameter(torch.zeros(shape, **float_kwargs))
+        self.lm_head_down = zeros["lm_head_down"]
         # [num_path_weights, hidden_size, hidden_size]
-        self.path_weight = None
-        if spec.sequential:
-            shape = (spec.num_path_weights, spec.hidden_size, spec.hidden_size)
-            self.path_weight = nn.Parameter(torch.zeros(shape, **float_kwargs))
+        self.path_weight = zeros["path_weight"]
         # [1 or num_heads, output_size] int64: head's vocabulary id -> base vocabulary id
         self.register_buffer("token_map", None)
         if spec.num_token_maps:
@@ -201,7 +191,7 @@ class MedusaHeads(nn.Module):
             over tensor-parallel ranks); needed without own lm_heads, else unused.
         path_embeddings
             As for ``forward_hidden``, where one path is known (ranking answers); to draft a tree
-            with sequential heads use ``sequential_draft.draft_tree``.
+            with sequential heads use ``sequential_draft.SequentialDrafter``.
 
         Returns
         -------

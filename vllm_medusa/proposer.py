@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,9 @@ from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.sequential_draft import SequentialDrafter
 from vllm_medusa.tree_batch import TreeBatch
-from vllm_medusa.verification_step import VerificationStep, make_graph_manager
+
+if TYPE_CHECKING:
+    from vllm_medusa.verification_step import VerificationStep
 
 
 class MedusaProposer(DraftModelSpeculator):
@@ -27,7 +29,7 @@ class MedusaProposer(DraftModelSpeculator):
 
     Attributes
     ----------
-    verification_step : VerificationStep
+    verification_step : VerificationStep or None
         Set by the runner; recorded when vLLM captures this speculator's graphs.
     step_graphs : CudaGraphManager or None
         Its graphs.  Here because vLLM looks for a speculator's graph managers when it
@@ -83,13 +85,12 @@ class MedusaProposer(DraftModelSpeculator):
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Prepare graphs of the step that ends in the drafts."""
-        self.step_graphs = make_graph_manager(
-            self.vllm_config, self.device, cudagraph_mode, self.tree_batch.num_rows
-        )
+        step = self.verification_step
+        self.step_graphs = None if step is None else step.make_graphs(cudagraph_mode)
 
     def capture(self) -> None:
         """Record them."""
-        if self.step_graphs is not None and self.verification_step is not None:
+        if self.step_graphs is not None:
             self.verification_step.capture(self.step_graphs)
 
     def propose(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_medusa.kernels import scatter_tree
 from vllm_medusa.tree_batch import TreeBatch
 
 
@@ -45,16 +44,7 @@ def follow_depths(model_state: Any, tree_batch: TreeBatch) -> None:
         inputs = prepare_linear(input_batch, req_states)
         if tree_batch.num_tree_reqs:
             for positions in inputs["positions"]:
-                scatter_tree(
-                    positions,
-                    tree_batch.step_masks,
-                    input_batch.query_start_loc,
-                    input_batch.cu_num_logits,
-                    input_batch.idx_mapping,
-                    tree_batch.depths,
-                    tree_batch.masks,
-                    tree_batch.num_tree_reqs,
-                )
+                tree_batch.place_rows(positions, input_batch)
         return inputs
 
     model_state.prepare_inputs = prepare_inputs

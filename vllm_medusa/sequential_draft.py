@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from vllm_medusa.head_weights import HeadSpec
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.heads_path import path_update
 from vllm_medusa.tree import TokenTree
@@ -102,24 +101,28 @@ def top_tokens_of_head(
         if layer == 0:
             update = update + path_update(heads.path_weight, path_embeddings, head)
         states = states + functional.silu(update)
-    logits = _logits(heads, spec, index, states, apply_lm_head)
+    # [output_size]; a common map serves every head
+    token_map = None
+    if heads.token_map is not None:
+        token_map = heads.token_map[min(index, spec.num_token_maps - 1)]
+    logits = _logits(heads, index, states, token_map, apply_lm_head)
     ids = logits.topk(num_top, dim=-1).indices
-    if heads.token_map is None:
-        return ids
-    return heads.token_map[min(index, heads.token_map.shape[0] - 1)][ids]
+    return ids if token_map is None else token_map[ids]
 
 
 def _logits(
-    heads: MedusaHeads, spec: HeadSpec, index: int, states: torch.Tensor, apply_lm_head
+    heads: MedusaHeads,
+    index: int,
+    states: torch.Tensor,
+    token_map: torch.Tensor | None,
+    apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor:
     # -> [n, output_size]
     if heads.lm_head is not None:
         if heads.lm_head_down is not None:
             states = functional.linear(states, heads.lm_head_down[index])
-        return functional.linear(states, heads.lm_head[min(index, spec.num_lm_heads - 1)])
+        return functional.linear(states, heads.lm_head[min(index, heads.spec.num_lm_heads - 1)])
     if apply_lm_head is None:
         raise ValueError("apply_lm_head: found None, but these heads have no lm_head of their own")
     logits = apply_lm_head(states)
-    if heads.token_map is None:
-        return logits
-    return logits[:, heads.token_map[min(index, heads.token_map.shape[0] - 1)]]
+    return logits if token_map is None else logits[:, token_map]

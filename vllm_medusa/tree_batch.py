@@ -103,13 +103,14 @@ class TreeBatch:
             return
         self.num_tree_reqs = int(np.count_nonzero(drafts))
         self.num_rows_np = drafts[: self.num_tree_reqs] + 1
-        self._scatter(input_batch)
+        self.place_rows(input_batch.positions, input_batch)
 
-    def _scatter(self, input_batch: InputBatch) -> None:
+    def place_rows(self, positions: torch.Tensor, input_batch: InputBatch) -> None:
+        """Turn the linear ``positions`` [num_tokens] of this step's tree rows into depths."""
         from vllm_medusa.kernels import scatter_tree
 
         scatter_tree(
-            input_batch.positions,
+            positions,
             self.step_masks,
             input_batch.query_start_loc,
             input_batch.cu_num_logits,

@@ -20,7 +20,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejec
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_medusa.kernels import WalkOutput, tree_walk
+from vllm_medusa.kernels import WalkOutput
+from vllm_medusa.verifier import walk_trees
 
 # logit bias (with allowed tokens and min_tokens), penalties, bad words: vLLM's own.
 NUM_STOCK_PROCESSORS = 3
@@ -60,19 +61,6 @@ def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> 
     )
 
 
-def make_graph_manager(
-    vllm_config: Any, device: torch.device, mode: CUDAGraphMode, num_rows: int
-) -> CudaGraphManager | None:
-    """Graphs for the batch sizes at which vLLM captures verification, or None.
-
-    None where the forward pass is not one graph either, and with LoRA, whose lm_head
-    reads per-step adapter indices.
-    """
-    if mode.decode_mode() != CUDAGraphMode.FULL or vllm_config.lora_config is not None:
-        return None
-    return CudaGraphManager(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, num_rows)
-
-
 class VerificationStep:
     """lm_head, draw, walk, request state, KV move and next drafts of R trees of equal size.
 
@@ -110,6 +98,19 @@ class VerificationStep:
         self.prefill_len = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.drafts = torch.zeros(max_num_reqs, self.width - 1, dtype=torch.int64, device=device)
 
+    def make_graphs(self, mode: CUDAGraphMode) -> CudaGraphManager | None:
+        """Graphs for the batch sizes at which vLLM captures verification.
+
+        None where the forward pass is not one graph either, and with LoRA, whose lm_head
+        reads per-step adapter indices.
+        """
+        runner = self.runner
+        if mode.decode_mode() != CUDAGraphMode.FULL or runner.lora_config is not None:
+            return None
+        return CudaGraphManager(
+            runner.vllm_config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, self.width
+        )
+
     def read_requests(self) -> None:
         """Copy what the graph reads of every request; to be called after requests came in."""
         states = self.runner.sampler.sampling_states
@@ -137,7 +138,8 @@ class VerificationStep:
         replay()
         self.tree_batch.drafts = self.drafts[:num_reqs]
         # The next replay overwrites the output while vLLM may still copy it to the host.
-        tokens, counts = self._views(self.output.clone(), padded_reqs)
+        used = self.output[: padded_reqs * (self.width + 1)].clone()
+        tokens, counts = self._views(used, padded_reqs)
         return SamplerOutput(
             sampled_token_ids=tokens[:num_reqs],
             logprobs_tensors=None,
@@ -211,6 +213,7 @@ class VerificationStep:
         runner = self.runner
         hidden_states = hidden_states[: num_reqs * rows]
         slots, cu_rows = self.slots[:num_reqs], self.cu_rows[rows][: num_reqs + 1]
+        real_slots = slots.clamp(min=0)
         tokens, counts = self._views(self.output, num_reqs)
         logits = runner.model.compute_logits(hidden_states)
         walk = self._draw_and_walk(logits, slots, cu_rows, tokens, counts)
@@ -218,7 +221,7 @@ class VerificationStep:
             counts[0],
             runner.input_buffers.seq_lens[:num_reqs],
             cu_rows,
-            slots.clamp(min=0),
+            real_slots,
             self.prefill_len,
         )
         counts[1].copy_(num_rejected)
@@ -229,7 +232,7 @@ class VerificationStep:
             counts[1],
             runner.input_buffers.query_start_loc[: num_reqs + 1],
         )
-        drafts = runner.speculator.draft(hidden_states[walk.last_rows], slots.clamp(min=0))
+        drafts = runner.speculator.draft(hidden_states[walk.last_rows], real_slots)
         self.drafts[:num_reqs].copy_(drafts)
 
     def _draw_and_walk(
@@ -240,7 +243,7 @@ class VerificationStep:
         tokens: torch.Tensor,  # out [R, W] int64
         counts: torch.Tensor,  # out [2, R] int32
     ) -> WalkOutput:
-        runner, batch = self.runner, self.tree_batch
+        runner = self.runner
         num_reqs, num_logits = slots.shape[0], logits.shape[0]
         rows = num_logits // num_reqs
         positions = runner.input_buffers.positions[:num_logits]
@@ -255,20 +258,16 @@ class VerificationStep:
             is_drafting=False,
             use_fp64=runner.sampler.use_fp64_gumbel,
         )
-        real = slots.clamp(min=0)
-        ready = positions.view(num_reqs, rows)[:, 0] >= self.prefill_len[real]
-        empty = torch.empty(
-            num_reqs + num_reqs + num_logits, dtype=torch.int64, device=slots.device
-        )
-        masks, last_rows, flat_rows = empty.split((num_reqs, num_reqs, num_logits))
-        return tree_walk(
+        out = WalkOutput.empty(num_reqs, num_logits, self.width, slots.device)
+        return walk_trees(
+            self.tree_batch,
             drawn,
-            runner.input_buffers.input_ids[:num_logits].to(drawn.dtype),
+            runner.input_buffers.input_ids[:num_logits],
             cu_rows,
-            batch.parents,
             slots,
-            batch.accept_limits[real] * ready,
-            out=WalkOutput(tokens, counts[0], masks, last_rows, flat_rows),
+            positions.view(num_reqs, rows)[:, 0],
+            self.prefill_len,
+            out._replace(tokens=tokens, num_sampled=counts[0]),
         )
 
     def _views(self, output: torch.Tensor, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,6 +48,27 @@ def accept_limit(params: SamplingParams) -> int | None:
     return 0 if chain_dependent else None
 
 
+def walk_trees(
+    batch: TreeBatch,
+    drawn: torch.Tensor,  # [num_logits] int64
+    tokens: torch.Tensor,  # [num_logits], each row's own input token
+    cu_rows: torch.Tensor,  # [num_reqs + 1] int32
+    slots: torch.Tensor,  # [num_reqs] int64, -1: no request
+    root_positions: torch.Tensor,  # [num_reqs] int64
+    prefill_len: torch.Tensor,  # [max_num_reqs] int32
+    out: WalkOutput,
+) -> WalkOutput:
+    """Follow the drawn tokens down every tree, as far as each request may accept."""
+    real = slots.clamp(min=0)
+    # A request that starts its step inside the prompt carries placeholder drafts
+    # (vLLM pads its first decode); its root sits before prefill_len.
+    ready = root_positions >= prefill_len[real]
+    # vLLM's processors take the ids as they are (int32), the walk as they are drawn.
+    tokens = tokens.to(drawn.dtype)
+    limits = batch.accept_limits[real] * ready
+    return tree_walk(drawn, tokens, cu_rows, batch.parents, slots, limits, out=out)
+
+
 class TreeVerifier(RejectionSampler):
     """Stands where vLLM's runner keeps its rejection sampler."""
 
@@ -83,8 +104,7 @@ class TreeVerifier(RejectionSampler):
             num_logprobs != NO_LOGPROBS and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         )
         drawn, processed = self._draw(logits, input_batch, positions, tokens, keep_processed)
-        # vLLM's processors take the ids as they are (int32), the walk as they are drawn.
-        out = self._walk(drawn, tokens.to(drawn.dtype), positions, input_batch)
+        out = self._walk(drawn, tokens, positions, input_batch)
         logprobs = self._path_logprobs(
             processed if keep_processed else logits, drawn, out.flat_rows, num_logprobs, input_batch
         )
@@ -157,20 +177,17 @@ class TreeVerifier(RejectionSampler):
         positions: torch.Tensor,
         input_batch: InputBatch,
     ):
-        """Follow the drawn tokens down every tree and remember where each path ends."""
+        """Walk every tree and remember where each path ends."""
         batch, slots = self.tree_batch, input_batch.idx_mapping
-        # A request that starts its step inside the prompt carries placeholder drafts
-        # (vLLM pads its first decode); its root sits before prefill_len.
-        root_positions = positions[input_batch.cu_num_logits[:-1].long()]
-        ready = root_positions >= self.sampler.req_states.prefill_len.gpu[slots]
-        out = tree_walk(
+        out = walk_trees(
+            batch,
             drawn,
             tokens,
             input_batch.cu_num_logits,
-            batch.parents,
             slots,
-            batch.accept_limits[slots] * ready,
-            out=WalkOutput.empty(slots.shape[0], drawn.shape[0], batch.num_rows, drawn.device),
+            positions[input_batch.cu_num_logits[:-1].long()],
+            self.sampler.req_states.prefill_len.gpu,
+            WalkOutput.empty(slots.shape[0], drawn.shape[0], batch.num_rows, drawn.device),
         )
         batch.last_rows = out.last_rows
         return out

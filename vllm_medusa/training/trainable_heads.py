@@ -50,27 +50,18 @@ class TrainableHeads(nn.Module):
         super().__init__()
         spec = spec or HeadSpec(num_heads, num_layers, hidden_size, bias=True)
         self.spec = spec
-        stack = (spec.num_layers, spec.num_heads, spec.hidden_size)
-
-        def zeros(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(*shape, device=device))
-
+        # A checkpoint without biases gets some to train.
+        zeros = replace(spec, bias=True).zero_parameters(torch.float32, device)
         # [num_layers, num_heads, hidden out, hidden in] float32
-        self.weight = zeros(*stack, spec.hidden_size)
+        self.weight = zeros["weight"]
         # [num_layers, num_heads, hidden] float32
-        self.bias = zeros(*stack)
+        self.bias = zeros["bias"]
         # [1 or num_heads, output_size, lm_head_width] float32
-        self.lm_head = None
-        if spec.own_lm_head:
-            self.lm_head = zeros(spec.num_lm_heads, spec.output_size, spec.lm_head_width)
+        self.lm_head = zeros["lm_head"]
         # [num_heads, rank, hidden] float32
-        self.lm_head_down = None
-        if spec.lm_head_rank is not None:
-            self.lm_head_down = zeros(spec.num_heads, spec.lm_head_rank, spec.hidden_size)
+        self.lm_head_down = zeros["lm_head_down"]
         # [num_path_weights, hidden, hidden] float32
-        self.path_weight = None
-        if spec.sequential:
-            self.path_weight = zeros(spec.num_path_weights, spec.hidden_size, spec.hidden_size)
+        self.path_weight = zeros["path_weight"]
         # [1, output_size] int64, and its inverse [vocab], IGNORE outside of the subset
         self.register_buffer("token_map", None)
         self.register_buffer("token_places", None, persistent=False)
