@@ -11,11 +11,10 @@ import numpy as np
 
 from vllm_medusa.training.chat_format import ChatFormat, Message
 from vllm_medusa.training.conversations import ConversationSet
-from vllm_medusa.training.prompt_files import read_rows
+from vllm_medusa.training.prompt_files import CHAT_KEYS, USER_ROLES, read_rows
 
 OUTPUT_SUFFIXES = (".safetensors", ".jsonl", ".parquet")
 _ASSISTANT = ("assistant", "gpt", "bing", "chatgpt")
-_USER = ("user", "human", "prompter")
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _from_rows(
 
 
 def _messages(row: dict[str, Any], where: str) -> list[Message]:
-    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+    for key, role, content in CHAT_KEYS:
         if isinstance(row.get(key), list):
             return [
                 {"role": _role(str(m.get(role))), "content": str(m.get(content) or "")}
@@ -159,4 +158,4 @@ def _messages(row: dict[str, Any], where: str) -> list[Message]:
 def _role(name: str) -> str:
     if name in _ASSISTANT:
         return "assistant"
-    return "user" if name in _USER else name
+    return "user" if name in USER_ROLES else name

@@ -1,8 +1,12 @@
 """Loads the base model for training and calibration, optionally quantised."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from vllm_medusa.checkpoint import load_heads
+from vllm_medusa.head_weights import HeadWeights
 
 Quantisation = Literal["none", "8bit", "4bit"]
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -61,6 +65,12 @@ def _quantisation_config(quantise: str, dtype: Any) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
     )
+
+
+def load_heads_for(model: Any, path: str | Path) -> HeadWeights:
+    """Heads of a checkpoint that fit ``model``, in its dtype."""
+    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+    return load_heads(path, vocab_size=vocab_size, hidden_size=hidden_size, dtype=model.dtype)
 
 
 def lm_head_weight(model: Any) -> torch.Tensor:

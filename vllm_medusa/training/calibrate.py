@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_medusa.heads import MedusaHeads
-from vllm_medusa.training.hidden_states import HiddenStateSet
+from vllm_medusa.training.base_model import embedding_weight
+from vllm_medusa.training.conversations import ConversationSet
+from vllm_medusa.training.hidden_states import HiddenStateSet, extract_hidden_states
 from vllm_medusa.training.loss import IGNORE
 from vllm_medusa.training.path_tokens import path_embeddings
 from vllm_medusa.training.progress import progress_bar
@@ -96,6 +99,16 @@ def rank_labels(
             ranks[rows] = rank.to(torch.int16).cpu().numpy()
             advance(rows.stop - start)
     return HeadRanks(ranks, (labels != IGNORE).cpu().numpy(), data.offsets, max_rank)
+
+
+def rank_answers(
+    model: Any, heads: MedusaHeads | TrainableHeads, answers: ConversationSet, max_rank: int
+) -> HeadRanks:
+    """Run the base model over the answers and rank the right tokens under every head."""
+    data = extract_hidden_states(model, answers, heads.spec.num_heads)
+    lm_head = model.get_output_embeddings().weight.detach()
+    embeddings = embedding_weight(model) if heads.spec.sequential else None
+    return rank_labels(heads, data, lm_head, max_rank, embeddings=embeddings)
 
 
 def joint_best_first(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_medusa.training.config import DistillConfig, TrainConfig
 from vllm_medusa.training.config_options import (
     add_config_options,
+    add_engine_args,
     config_from_options,
-    kept_config,
+    run_config,
 )
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ def add_distill_parser(subparsers: argparse._SubParsersAction) -> None:
         "--exclude", nargs="*", default=[],
         help="test questions (.txt or .jsonl): prompts that repeat 8 words of them are dropped",
     )  # fmt: skip
-    parser.add_argument(
-        "--engine-args", type=json.loads, default={}, help="JSON of further vllm.LLM arguments"
-    )
+    add_engine_args(parser)
     add_config_options(parser, DistillConfig)
     parser.set_defaults(run=run_distill)
 
@@ -58,14 +57,8 @@ def add_train_parser(subparsers: argparse._SubParsersAction) -> None:
             "states, write them with a calibrated tree."
         ),
     )
-    parser.add_argument("--model", required=True, help="base model, folder or hub id")
-    parser.add_argument("--data", required=True, nargs="+", help="answers of distill, or chats")
-    parser.add_argument("--output", required=True, type=Path, help="checkpoint folder to write")
-    parser.add_argument("--held-out", type=int, default=2500, help="answers kept for calibration")
-    parser.add_argument("--resume", action="store_true", help="continue with the folder's settings")
+    add_training_arguments(parser, TrainConfig)
     parser.add_argument("--base-model-name", help="name recorded in config.json; default: --model")
-    add_tree_arguments(parser)
-    add_config_options(parser, TrainConfig)
     parser.set_defaults(run=run_train)
 
 
@@ -87,9 +80,7 @@ def add_calibrate_parser(subparsers: argparse._SubParsersAction) -> None:
         help="answer these held-out prompts with vLLM, in the model's chat template, instead",
     )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=256, help="of an answer, default 256")
-    parser.add_argument(
-        "--engine-args", type=json.loads, default={}, help="JSON of further vllm.LLM arguments"
-    )
+    add_engine_args(parser)
     add_tree_arguments(parser)
     parser.set_defaults(run=run_calibrate)
 
@@ -107,6 +98,17 @@ def add_restrict_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", required=True, type=Path, help="checkpoint folder to write")
     parser.add_argument("--vocab-size", type=int, help="of the base, if the heads do not tell")
     parser.set_defaults(run=run_restrict)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, config: type) -> None:
+    """What both trainers take: model, answers, output folder, tree, and the settings' fields."""
+    parser.add_argument("--model", required=True, help="base model, folder or hub id")
+    parser.add_argument("--data", required=True, nargs="+", help="answers of distill, or chats")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--held-out", type=int, default=2500, help="answers kept for calibration")
+    parser.add_argument("--resume", action="store_true", help="continue with the folder's settings")
+    add_tree_arguments(parser)
+    add_config_options(parser, config)
 
 
 def add_tree_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,13 +187,6 @@ def read_answers(paths: Sequence[str | Path], model: str) -> "ConversationSet":
     return answers
 
 
-def _train_config(arguments: argparse.Namespace) -> TrainConfig:
-    """Settings from the options, or for ``--resume`` from the folder; they must not disagree."""
-    if not arguments.resume:
-        return config_from_options(TrainConfig, arguments)
-    return kept_config(TrainConfig, arguments)
-
-
 def run_train(arguments: argparse.Namespace) -> None:
     """Extract hidden states, train, export, calibrate."""
     from vllm_medusa.provenance import collect_provenance
@@ -201,7 +196,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     from vllm_medusa.training.new_heads import new_heads
     from vllm_medusa.training.trainer import MedusaOneTrainer
 
-    config = _train_config(arguments)
+    config = run_config(TrainConfig, arguments)
     loaded = read_answers(arguments.data, arguments.model)
     answers, held_out = loaded.split(arguments.held_out, config.seed)
     model = load_base(arguments.model, device=arguments.device, quantise=config.quantise)
@@ -229,17 +224,12 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_calibrate(arguments: argparse.Namespace) -> None:
     """Write tree.json for heads that exist."""
-    from vllm_medusa.checkpoint import load_heads
     from vllm_medusa.heads import MedusaHeads
-    from vllm_medusa.training.base_model import load_base
+    from vllm_medusa.training.base_model import load_base, load_heads_for
 
     answers = _calibration_answers(arguments)
     model = load_base(arguments.model, arguments.dtype, arguments.device)
-    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-    weights = load_heads(
-        arguments.heads, vocab_size=vocab_size, hidden_size=hidden_size, dtype=model.dtype
-    )
-    heads = MedusaHeads.from_weights(weights, model.device)
+    heads = MedusaHeads.from_weights(load_heads_for(model, arguments.heads), model.device)
     calibrate_heads(model, heads, answers, arguments.heads, arguments)
 
 
@@ -286,16 +276,11 @@ def calibrate_heads(
     model: Any, heads: Any, answers: Any, directory: Path, arguments: argparse.Namespace
 ) -> None:
     """Rank the answers' tokens, search the tree, write tree.json and print what to expect."""
-    from vllm_medusa.training.base_model import embedding_weight
-    from vllm_medusa.training.calibrate import rank_labels, search_tree
+    from vllm_medusa.training.calibrate import rank_answers, search_tree
     from vllm_medusa.training.export import export_tree
-    from vllm_medusa.training.hidden_states import extract_hidden_states
     from vllm_medusa.training.simulate import simulate_budgets
 
-    data = extract_hidden_states(model, answers, heads.spec.num_heads)
-    lm_head = model.get_output_embeddings().weight.detach()
-    embeddings = embedding_weight(model) if heads.spec.sequential else None
-    ranks = rank_labels(heads, data, lm_head, arguments.max_rank, embeddings=embeddings)
+    ranks = rank_answers(model, heads, answers, arguments.max_rank)
     tree = search_tree(ranks, arguments.num_nodes)
     export_tree(tree, ranks, directory, f"calibrated on {len(answers)} own answers")
     if len(tree.paths) < arguments.num_nodes:

@@ -54,6 +54,8 @@ class HeadKind(_JsonConfig):
     vocab_subset: int | None = None
     # Head k also sees the tokens between the hidden state and its own (Hydra, arXiv 2402.05109).
     sequential: bool = False
+    # Weight of head k is head_decay ** k, k from 1 (paper 2.2.1).
+    head_decay: float = 0.8
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_layers", "lm_head_rank"):
@@ -62,6 +64,12 @@ class HeadKind(_JsonConfig):
         require(self.lm_head in choices, "lm_head", self.lm_head, f"one of {choices}")
         subset = self.vocab_subset
         require(subset is None or subset >= 1, "vocab_subset", subset, "at least 1 or null")
+        require(self.head_decay > 0, "head_decay", self.head_decay, "a positive number")
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """lambda_k, the loss weights of heads 1..num_heads."""
+        return tuple(self.head_decay**k for k in range(1, self.num_heads + 1))
 
     def head_spec(self, hidden_size: int, vocab_size: int) -> "HeadSpec":
         """Heads of this kind for a base model; trained heads always have biases."""
@@ -97,8 +105,6 @@ class TrainConfig(HeadKind):
     beta1: float = 0.9
     beta2: float = 0.98
     grad_clip: float = 1.0
-    # Weight of head k is head_decay ** k, k from 1 (paper 2.2.1).
-    head_decay: float = 0.8
     loss_chunk_rows: int = 8192
     checkpoint_every: int = 1000
     max_seconds: float | None = None
@@ -111,7 +117,7 @@ class TrainConfig(HeadKind):
         super().__post_init__()
         for name in ("batch_tokens", "loss_chunk_rows"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("epochs", "learning_rate", "grad_clip", "head_decay"):
+        for name in ("epochs", "learning_rate", "grad_clip"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("warmup_steps", "weight_decay", "checkpoint_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -119,11 +125,6 @@ class TrainConfig(HeadKind):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 <= x < 1")
         if self.max_seconds is not None:
             require(self.max_seconds > 0, "max_seconds", self.max_seconds, "positive or null")
-
-    @property
-    def head_weights(self) -> tuple[float, ...]:
-        """Loss weights of heads 1..num_heads."""
-        return tuple(self.head_decay**k for k in range(1, self.num_heads + 1))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import types
 import typing
 from pathlib import Path
@@ -54,6 +55,20 @@ def config_from_options(config: type, arguments: argparse.Namespace) -> Any:
     path = getattr(arguments, "config", None)
     base = config.load(path) if path is not None else config()
     return dataclasses.replace(base, **given_options(config, arguments))
+
+
+def add_engine_args(parser: argparse.ArgumentParser) -> None:
+    """Add ``--engine-args`` to a command that starts vLLM."""
+    parser.add_argument(
+        "--engine-args", type=json.loads, default={}, help="JSON of further vllm.LLM arguments"
+    )
+
+
+def run_config(config: type, arguments: argparse.Namespace) -> Any:
+    """Settings from the options, or for ``--resume`` from the folder; they must not disagree."""
+    if arguments.resume:
+        return kept_config(config, arguments)
+    return config_from_options(config, arguments)
 
 
 def kept_config(config: type, arguments: argparse.Namespace) -> Any:

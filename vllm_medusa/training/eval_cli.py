@@ -2,13 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vllm_medusa.training.config import EvalConfig
-from vllm_medusa.training.config_options import add_config_options, config_from_options
+from vllm_medusa.training.config_options import (
+    add_config_options,
+    add_engine_args,
+    config_from_options,
+)
+from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
 
 RECORD_FILE = "eval.json"
 CONFIG_FILE = "eval_config.json"
@@ -30,21 +34,9 @@ def add_eval_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompts", required=True, nargs="+", help="prompt files")
     parser.add_argument("--output", type=Path, help="folder for eval.json and the plots")
     parser.add_argument("--device", default=None, help="of the simulation; default: cuda if any")
-    parser.add_argument(
-        "--engine-args", type=json.loads, default={}, help="JSON of further vllm.LLM arguments"
-    )
+    add_engine_args(parser)
     add_config_options(parser, EvalConfig)
     parser.set_defaults(run=run_eval)
-
-
-def choose_prompts(prompts: Sequence[Any], limit: int | None) -> list[Any]:
-    """The first prompts, taking categories in turn."""
-    groups: dict[str, list[Any]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.category, []).append(prompt)
-    longest = max(map(len, groups.values()), default=0)
-    turns = [group[i] for i in range(longest) for group in groups.values() if i < len(group)]
-    return turns[:limit]
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -52,7 +44,6 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from vllm_medusa.provenance import collect_provenance
     from vllm_medusa.training.eval_report import print_evaluation, save_plots
     from vllm_medusa.training.evaluate import evaluation_record
-    from vllm_medusa.training.prompt_files import read_prompts
     from vllm_medusa.training.served_answers import serve_prompts
 
     config = config_from_options(EvalConfig, arguments)
@@ -94,23 +85,16 @@ def _engine_args(arguments: argparse.Namespace, config: EvalConfig) -> dict[str,
 
 def _rank_answers(arguments: argparse.Namespace, config: EvalConfig, run: Any) -> tuple[Any, Any]:
     """Ranks that the heads give the served tokens, and the tree.json beside the heads."""
-    from vllm_medusa.checkpoint import load_heads
     from vllm_medusa.heads import MedusaHeads
-    from vllm_medusa.training.base_model import embedding_weight, load_base
-    from vllm_medusa.training.calibrate import rank_labels
+    from vllm_medusa.training.base_model import load_base, load_heads_for
+    from vllm_medusa.training.calibrate import rank_answers
     from vllm_medusa.training.conversations import ConversationSet
-    from vllm_medusa.training.hidden_states import extract_hidden_states
     from vllm_medusa.tree import TokenTree
 
     model = load_base(arguments.model, config.dtype, arguments.device)
-    weight = model.get_output_embeddings().weight.detach()
-    weights = load_heads(
-        arguments.heads, vocab_size=weight.shape[0], hidden_size=weight.shape[1], dtype=model.dtype
-    )
+    weights = load_heads_for(model, arguments.heads)
     heads = MedusaHeads.from_weights(weights, model.device)
     answers = ConversationSet.from_pairs((a.prompt_ids, a.token_ids) for a in run.answers)
-    data = extract_hidden_states(model, answers, weights.spec.num_heads)
     max_rank = max(max(map(max, run.paths)) + 1, 10)
     tree = TokenTree.load(weights.tree_path) if weights.tree_path else None
-    embeddings = embedding_weight(model) if weights.spec.sequential else None
-    return rank_labels(heads, data, weight, max_rank, embeddings=embeddings), tree
+    return rank_answers(model, heads, answers, max_rank), tree

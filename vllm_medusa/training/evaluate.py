@@ -11,7 +11,13 @@ from vllm_medusa.training.acceptance import AnswerSteps, summarise, tokens_per_s
 from vllm_medusa.training.calibrate import HeadRanks
 from vllm_medusa.training.config import EvalConfig
 from vllm_medusa.training.served_answers import ServedRun
-from vllm_medusa.training.simulate import Path_, accepted_depths, per_conversation, visited_rows
+from vllm_medusa.training.simulate import (
+    Path_,
+    accepted_depths,
+    output_depths,
+    per_conversation,
+    visited_rows,
+)
 from vllm_medusa.tree import TokenTree
 
 # Served and simulated tokens per step should agree this well; exactly, where the engine and
@@ -135,6 +141,7 @@ def simulated_record(run: ServedRun, ranks: HeadRanks) -> dict[str, Any]:
     answers = [AnswerSteps.of(answer) for answer in run.answers]
     depths = accepted_depths(ranks.ranks, run.paths)
     rows, total = visited_rows(depths, ranks.offsets)
+    reached = output_depths(depths, rows, ranks.offsets)
     each = per_conversation(ranks.ranks, ranks.offsets, run.paths)
     served = tokens_per_step(answers)
     nodes = count_nodes(answers, ranks, run.paths)
@@ -146,7 +153,10 @@ def simulated_record(run: ServedRun, ranks: HeadRanks) -> dict[str, Any]:
     return {
         "tokens_per_step": total.tokens_per_step,
         "steps": total.steps,
-        "accepted_by_depth": _simulated_by_depth(depths, ranks.offsets, max(map(len, run.paths))),
+        "accepted_by_depth": [
+            float((reached >= depth).sum() / max(len(rows), 1))
+            for depth in range(1, max(map(len, run.paths)) + 1)
+        ],
         "relative_difference": served / total.tokens_per_step - 1 if total.steps else 0.0,
         "goal": GOAL,
         "answers_with_equal_steps": sum(
@@ -161,20 +171,6 @@ def simulated_record(run: ServedRun, ranks: HeadRanks) -> dict[str, Any]:
         ],
         "unexplained_steps": nodes.unexplained,
     }
-
-
-def _simulated_by_depth(depths: np.ndarray, offsets: np.ndarray, max_depth: int) -> list[float]:
-    """Share of simulated steps that reach each depth; steps end with the answer."""
-    counts = np.zeros(max_depth)
-    steps = 0
-    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        row = start
-        while row < end - 1:
-            reached = min(int(depths[row]), end - row - 2)
-            counts[:reached] += 1
-            steps += 1
-            row += reached + 1
-    return (counts / max(steps, 1)).tolist()
 
 
 def evaluation_record(run: ServedRun, ranks: HeadRanks, tree: TokenTree | None,

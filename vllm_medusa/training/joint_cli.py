@@ -8,15 +8,11 @@ from typing import Any
 
 from vllm_medusa.training.cli import (
     HELD_OUT_FILE,
-    add_tree_arguments,
+    add_training_arguments,
     calibrate_heads,
     read_answers,
 )
-from vllm_medusa.training.config_options import (
-    add_config_options,
-    config_from_options,
-    kept_config,
-)
+from vllm_medusa.training.config_options import run_config
 from vllm_medusa.training.joint_config import JointConfig
 
 
@@ -30,14 +26,8 @@ def add_train_joint_parser(subparsers: argparse._SubParsersAction) -> None:
             "GPUs: accelerate launch -m vllm_medusa.cli train-joint ..."
         ),
     )
-    parser.add_argument("--model", required=True, help="base model, folder or hub id")
-    parser.add_argument("--data", required=True, nargs="+", help="answers of distill, or chats")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    add_training_arguments(parser, JointConfig)
     parser.add_argument("--heads", type=Path, help="start from these heads, e.g. Medusa-1's")
-    parser.add_argument("--held-out", type=int, default=2500, help="answers kept for calibration")
-    parser.add_argument("--resume", action="store_true", help="continue with the folder's settings")
-    add_tree_arguments(parser)
-    add_config_options(parser, JointConfig)
     parser.set_defaults(run=run_train_joint)
 
 
@@ -46,11 +36,7 @@ def run_train_joint(arguments: argparse.Namespace) -> None:
     from vllm_medusa.training.joint_trainer import JointTrainer
     from vllm_medusa.training.sequence_batches import SequenceData
 
-    config = (
-        kept_config(JointConfig, arguments)
-        if arguments.resume
-        else config_from_options(JointConfig, arguments)
-    )
+    config = run_config(JointConfig, arguments)
     loaded = read_answers(arguments.data, arguments.model)
     answers, held_out = loaded.split(arguments.held_out, config.seed)
     data = SequenceData(answers, config.num_heads, config.max_length)

@@ -34,8 +34,6 @@ class JointConfig(HeadKind):
     beta1: float = 0.9
     beta2: float = 0.999
     grad_clip: float = 1.0
-    # Weight of head k is head_decay ** k, k from 1.
-    head_decay: float = 0.8
     # lambda_0, the weight of the heads' loss, and how the joint stage reaches it.
     medusa_weight: float = 0.2
     medusa_schedule: Literal["constant", "linear", "sine"] = "constant"
@@ -62,8 +60,7 @@ class JointConfig(HeadKind):
         for name in ("batch_size", "micro_batch_size", "max_length", "loss_chunk_rows",
                      "log_every"):  # fmt: skip
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "head_lr_multiplier", "grad_clip", "head_decay",
-                     "medusa_weight"):  # fmt: skip
+        for name in ("learning_rate", "head_lr_multiplier", "grad_clip", "medusa_weight"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("head_only_epochs", "joint_epochs", "warmup_steps", "weight_decay",
                      "lora_rank", "checkpoint_every"):  # fmt: skip
@@ -91,11 +88,6 @@ class JointConfig(HeadKind):
             "lm_head" not in self.lora_targets or self.lm_head != "shared", "lora_targets",
             self.lora_targets, "no lm_head while the heads share it; use lm_head own",
         )  # fmt: skip
-
-    @property
-    def head_weights(self) -> tuple[float, ...]:
-        """lambda_k of heads 1..num_heads."""
-        return tuple(self.head_decay**k for k in range(1, self.num_heads + 1))
 
     def rate_factor(self, step: int, steps: int) -> float:
         """Share of the learning rate at a step of a stage: linear warm-up, then cosine to 0."""

@@ -2,13 +2,15 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 # Role names of the published sets that stand for the user.
-_USER_ROLES = ("user", "human", "prompter")
+USER_ROLES = ("user", "human", "prompter")
+# Key of a chat's messages, and in each message those of the role and the text: plain, ShareGPT.
+CHAT_KEYS = (("messages", "role", "content"), ("conversations", "from", "value"))
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _LAYOUTS = (
     "a string or an object with 'turns', 'prompt', 'messages' (role, content), 'conversations' "
@@ -75,6 +77,16 @@ def read_prompts(path: str | Path) -> PromptFile:
     return found
 
 
+def choose_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """The first prompts, taking categories in turn."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.category, []).append(prompt)
+    longest = max(map(len, groups.values()), default=0)
+    turns = [group[i] for i in range(longest) for group in groups.values() if i < len(group)]
+    return turns[:limit]
+
+
 def read_rows(path: Path) -> Iterator[Any]:
     """Yield the rows of a .txt, .jsonl, .json or .parquet file."""
     if path.suffix not in _SUFFIXES:
@@ -130,7 +142,7 @@ def _turns(row: Mapping[str, Any], where: str) -> list[Any] | None:
     """User turns of a row, None when the layout is unknown."""
     if isinstance(row.get("turns"), list):
         return row["turns"]
-    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+    for key, role, content in CHAT_KEYS:
         if isinstance(row.get(key), list):
             return [_content(m, role, content, where) for m in row[key] if _is_user(m, role)]
     if isinstance(row.get("prompt"), str):
@@ -144,7 +156,7 @@ def _turns(row: Mapping[str, Any], where: str) -> list[Any] | None:
 
 
 def _is_user(message: Any, role: str) -> bool:
-    return isinstance(message, Mapping) and message.get(role) in _USER_ROLES
+    return isinstance(message, Mapping) and message.get(role) in USER_ROLES
 
 
 def _content(message: Mapping[str, Any], role: str, content: str, where: str) -> Any:

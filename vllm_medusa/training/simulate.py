@@ -77,6 +77,22 @@ def visited_rows(
     return np.array(visited, np.int64), StepCount(len(visited), tokens)
 
 
+def output_depths(
+    # [rows] int64, tokens that a step at each row accepts
+    depths: np.ndarray,
+    # [steps] int64, as visited_rows returns them
+    rows: np.ndarray,
+    offsets: np.ndarray,
+) -> np.ndarray:
+    """Accepted tokens of each step that became output, [steps] int64.
+
+    An answer's last step yields its last token as the bonus token, so nodes that hold it, or
+    what would follow, do not count.
+    """
+    ends = offsets[np.searchsorted(offsets, rows, side="right")]
+    return np.minimum(depths[rows], ends - rows - 2)
+
+
 def simulate_budgets(
     ranks: np.ndarray,
     offsets: np.ndarray,
@@ -104,15 +120,12 @@ def per_conversation(
 def accepted_shares(ranks: np.ndarray, offsets: np.ndarray, paths: Sequence[Path_]) -> list[float]:
     """Share of the decode steps that accept each node, in the order of ``paths``.
 
-    An answer's last step yields its last token as the bonus token, so nodes that hold it, or
-    what would follow, do not count; with that one plus the shares' sum is tokens per step.
+    Of what became output, so one plus the shares' sum is tokens per step.
     """
     depths = accepted_depths(ranks, paths)
     rows, _ = visited_rows(depths, offsets)
-    ends = offsets[np.searchsorted(offsets, rows, side="right")]
-    depths = np.minimum(depths[rows], ends - rows - 2)
     counts = dict.fromkeys(paths, 0)
-    for row, depth in zip(rows, depths, strict=True):
+    for row, depth in zip(rows, output_depths(depths, rows, offsets), strict=True):
         path = tuple(int(rank) for rank in ranks[row, :depth])
         for length in range(1, len(path) + 1):
             counts[path[:length]] += 1
