@@ -11,7 +11,6 @@ by depth, and where the two sides' greedy answers part.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 
 from engine_process import EngineProcess
 from records import spread, write_record
+
+from vllm_medusa.training.prompt_files import Prompt, choose_prompts, read_prompts
 
 QUESTIONS = Path(__file__).parent / "data" / "mt_bench_questions.jsonl"
 
@@ -51,23 +52,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_questions(path: Path, count: int) -> list[dict[str, Any]]:
-    """``count`` questions, the same number from every category as far as it goes."""
-    questions = [json.loads(line) for line in path.read_text().splitlines()]
-    by_category: dict[str, list] = {}
-    for question in questions:
-        by_category.setdefault(question["category"], []).append(question)
-    ordered = [
-        group[i]
-        for i in range(max(map(len, by_category.values())))
-        for group in by_category.values()
-        if i < len(group)
-    ]
-    return ordered[:count]
-
-
 def answer(
-    side: EngineProcess, questions: list[dict], args: argparse.Namespace, concurrency: int
+    side: EngineProcess, questions: list[Prompt], args: argparse.Namespace, concurrency: int
 ) -> dict[str, Any]:
     """All turns of all questions on one side."""
     sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
@@ -75,7 +61,7 @@ def answer(
     result = {"seconds": 0.0, "answers": [[] for _ in questions]}
     for turn in range(args.turns):
         for messages, question in zip(history, questions, strict=True):
-            messages.append({"role": "user", "content": question["turns"][turn]})
+            messages.append({"role": "user", "content": question.turns[turn]})
         own = {"seed": args.seed} if args.temperature > 0 else {}
         run = side.run([(messages, own) for messages in history], sampling, concurrency)
         result["seconds"] += run["seconds"]
@@ -92,7 +78,7 @@ def tokens_per_step(histogram: list[int]) -> float:
     return 1 + sum(j * n for j, n in enumerate(histogram)) / max(1, sum(histogram))
 
 
-def acceptance(questions: list[dict], run: dict[str, Any]) -> dict[str, Any]:
+def acceptance(questions: list[Prompt], run: dict[str, Any]) -> dict[str, Any]:
     """Tokens per step over all steps, per question and category, and acceptance by depth."""
     per_question, by_category, total = [], {}, [0] * 65
     for question, answers in zip(questions, run["answers"], strict=True):
@@ -102,7 +88,7 @@ def acceptance(questions: list[dict], run: dict[str, Any]) -> dict[str, Any]:
                 merged[j] += n
                 total[j] += n
         per_question.append(tokens_per_step(merged))
-        by_category.setdefault(question["category"], []).append(per_question[-1])
+        by_category.setdefault(question.category, []).append(per_question[-1])
     steps = sum(total)
     depth = max(j for j, n in enumerate(total) if n)
     return {
@@ -158,7 +144,7 @@ def speed(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(
-    sides: dict[str, EngineProcess], questions: list[dict], args: argparse.Namespace, level: int
+    sides: dict[str, EngineProcess], questions: list[Prompt], args: argparse.Namespace, level: int
 ) -> dict[str, Any]:
     """One concurrency: a warm-up, then rounds with the sides' order alternating."""
     runs: dict[str, list] = {name: [] for name in sides}
@@ -192,7 +178,7 @@ def measure(
 def main() -> None:
     """Start both engines, measure, write the record."""
     args = parse_args()
-    questions = load_questions(args.questions, args.num_questions)
+    questions = choose_prompts(read_prompts(args.questions).prompts, args.num_questions)
     common: dict[str, Any] = {
         "model": args.model,
         "dtype": args.dtype,

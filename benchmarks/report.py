@@ -1,7 +1,7 @@
 """Write README's tables from the JSON records in benchmarks/results.
 
-python benchmarks/report.py            # rewrites the marked sections of README.md
-python benchmarks/report.py --check    # fails when README is out of date
+    python benchmarks/report.py            # rewrites the marked sections of README.md
+    python benchmarks/report.py --check    # fails when README is out of date
 """
 
 from __future__ import annotations

@@ -33,19 +33,8 @@ def run_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
     """``run_job(engine, batches, **options) -> result``; a failure shows the engine's output."""
 
     def run(engine: dict, batches: list[dict], env: dict | None = None, **options) -> dict:
-        folder = tmp_path_factory.mktemp("job")
-        job, result = folder / "job.json", folder / "result.json"
-        job.write_text(json.dumps({"engine": engine, "batches": batches, **options}))
-        process = subprocess.run(
-            [sys.executable, str(HERE / "engine_job.py"), str(job), str(result)],
-            env={**os.environ, "PYTHONPATH": _paths(), **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=JOB_TIMEOUT_S,
-        )
-        if process.returncode != 0 or not result.exists():
-            pytest.fail(f"engine job failed:\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
-        return json.loads(result.read_text())
+        job = {"engine": engine, "batches": batches, **options}
+        return _run_script("engine_job.py", tmp_path_factory.mktemp("job"), job, env, JOB_TIMEOUT_S)
 
     return run
 
@@ -56,20 +45,25 @@ def run_series(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
 
     def run(jobs: dict[str, dict], env: dict | None = None) -> dict:
         folder = tmp_path_factory.mktemp("series")
-        source, target = folder / "jobs.json", folder / "results.json"
-        source.write_text(json.dumps(jobs))
-        process = subprocess.run(
-            [sys.executable, str(HERE / "engine_series.py"), str(source), str(target)],
-            env={**os.environ, "PYTHONPATH": _paths(), **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=SERIES_TIMEOUT_S,
-        )
-        if process.returncode != 0 or not target.exists():
-            pytest.fail(f"series failed:\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
-        return json.loads(target.read_text())
+        return _run_script("engine_series.py", folder, jobs, env, SERIES_TIMEOUT_S)
 
     return run
+
+
+def _run_script(script: str, folder: Path, order: dict, env: dict | None, timeout: int) -> dict:
+    """Hand ``order`` to a script in a process of its own and return what it wrote."""
+    source, target = folder / "order.json", folder / "result.json"
+    source.write_text(json.dumps(order))
+    process = subprocess.run(
+        [sys.executable, str(HERE / script), str(source), str(target)],
+        env={**os.environ, "PYTHONPATH": _paths(), **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if process.returncode != 0 or not target.exists():
+        pytest.fail(f"{script} failed:\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
+    return json.loads(target.read_text())
 
 
 def _paths() -> str:

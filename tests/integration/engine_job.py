@@ -3,7 +3,7 @@
     python engine_job.py JOB.json RESULT.json
 
 JOB: {"engine": {LLM arguments}, "plain_v2": bool, "batches": [{"prompts": [[ids]],
-"sampling": [{...}]}], "break": null | "compaction", "whole_steps": bool}.  The result
+"sampling": [{...}]}], "break": null | "compaction" | "rope", "whole_steps": bool}.  The result
 holds token ids, logprobs, spec-decode counters and the classes that really ran.
 """
 
@@ -95,14 +95,29 @@ def sampling_params(cls, fields: dict):
     return cls(detokenize=False, **fields)
 
 
-def logprob_rows(completion) -> list | None:
-    """[[token, logprob, rank], ...] per output position, sorted, or None."""
-    if completion.logprobs is None:
+def logprob_rows(rows: list | None) -> list | None:
+    """[[token, logprob, rank], ...] per position, sorted; None where there are none."""
+    if rows is None:
         return None
     return [
-        sorted([token, lp.logprob, lp.rank] for token, lp in row.items())
-        for row in completion.logprobs
+        None if row is None else sorted([token, lp.logprob, lp.rank] for token, lp in row.items())
+        for row in rows
     ]
+
+
+def break_something(part: str) -> None:
+    """Take one step out of the plugin, to see that the comparison notices.
+
+    It stays out until the process ends: such a job is the last of its series.
+    """
+    if part == "compaction":
+        from vllm_medusa.compaction import PathCompactor
+
+        PathCompactor.compact = lambda *args, **kwargs: None
+    elif part == "rope":
+        from vllm_medusa import runner
+
+        runner.follow_depths = lambda *args: None
 
 
 def counters(llm) -> dict:
@@ -126,10 +141,8 @@ def main() -> None:
         use_plain_v2(engine)
     from vllm import LLM, SamplingParams
 
-    if job.get("break") == "compaction":
-        from vllm_medusa.compaction import PathCompactor
-
-        PathCompactor.compact = lambda *args, **kwargs: None
+    if job.get("break"):
+        break_something(job["break"])
     whole_steps = count_whole_steps() if job.get("whole_steps") else []
     launches = record_launches() if job.get("record_launches") else {}
     llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
@@ -142,7 +155,7 @@ def main() -> None:
             [
                 {
                     "token_ids": [list(c.token_ids) for c in output.outputs],
-                    "logprobs": logprob_rows(output.outputs[0]),
+                    "logprobs": logprob_rows(output.outputs[0].logprobs),
                     "finish": output.outputs[0].finish_reason,
                 }
                 for output in outputs

@@ -39,21 +39,6 @@ def register_models(directories: set[str]) -> None:
             ModelRegistry.register_model(name, model_class)
 
 
-def break_something(part: str) -> None:
-    """Take one step out of the plugin, to see that the comparison notices.
-
-    It stays out until the process ends: such a job is the last of its series.
-    """
-    if part == "compaction":
-        from vllm_medusa.compaction import PathCompactor
-
-        PathCompactor.compact = lambda *args, **kwargs: None
-    elif part == "rope":
-        from vllm_medusa import runner
-
-        runner.follow_depths = lambda *args: None
-
-
 def run(job: dict) -> tuple[dict, Any | None]:
     """One engine over its batches: the result, and the engine for the caller to stop."""
     engine = job["engine"]
@@ -68,7 +53,7 @@ def run(job: dict) -> tuple[dict, Any | None]:
         EngineArgs(skip_tokenizer_init=True, **engine).create_engine_config()
         return {"batches": []}, None
     if job.get("break"):
-        break_something(job["break"])
+        engine_job.break_something(job["break"])
     llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
     batches = [generate(llm, batch) for batch in job["batches"]]
     core = llm.llm_engine.engine_core.engine_core
@@ -99,7 +84,7 @@ def generate(llm: Any, batch: dict) -> list[dict]:
     return [
         {
             "token_ids": list(output.outputs[0].token_ids),
-            "prompt_logprobs": logprob_rows(output.prompt_logprobs),
+            "prompt_logprobs": engine_job.logprob_rows(output.prompt_logprobs),
             "finish": output.outputs[0].finish_reason,
         }
         for output in outputs
@@ -124,16 +109,6 @@ def generate_and_abort(
             if enough and output.request_id in waiting:
                 engine.abort_request([waiting.pop(output.request_id)], internal=True)
     return [latest[str(index)] for index in range(len(prompts))]
-
-
-def logprob_rows(rows: list | None) -> list | None:
-    """[[token, logprob, rank], ...] per prompt position, sorted; None where there are none."""
-    if rows is None:
-        return None
-    return [
-        None if row is None else sorted([token, lp.logprob, lp.rank] for token, lp in row.items())
-        for row in rows
-    ]
 
 
 def stop(llm: Any) -> None:

@@ -10,28 +10,14 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from tiny import HIDDEN, NUM_HEADS, VOCAB
+from tiny import HIDDEN, NUM_HEADS, SIZES, VOCAB
 
 # Of a sliding-window layer: shorter than prompts and outputs, so that windows cut trees.
 WINDOW = 24
 # Ridge term of the fit, relative to the mean squared hidden value.
 RIDGE = 1e-3
 
-DENSE = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+DENSE = {**SIZES, "pad_token_id": 0}
 # Gemma scales embeddings by sqrt(hidden_size) and shares them with the lm_head.
 GEMMA = {**DENSE, "tie_word_embeddings": True, "query_pre_attn_scalar": 32}
 # Where the head size is hidden_size / num_attention_heads; vLLM's CPU kernels start at 32.

@@ -10,28 +10,26 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, HIDDEN, NUM_HEADS = 96, 64, 3
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def make_model(directory: Path, seed: int = 0, **overrides) -> LlamaForCausalLM:
     """Save a float32 Llama whose greedy output is varied enough to be a test."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "max_position_embeddings": 1024,
-            "initializer_range": 0.2,
-            "tie_word_embeddings": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **overrides,
-        }
-    )
+    config = LlamaConfig(**{**SIZES, **overrides})
     model = LlamaForCausalLM(config).float().eval()
     with torch.no_grad():
         # Mostly a function of the last token, so that heads can learn it, but not only.
