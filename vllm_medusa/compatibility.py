@@ -78,7 +78,7 @@ SUPPORTED: tuple[Supported, ...] = (
         f"{_IDENTITY}::test_requests_that_cannot_branch_still_agree",
     ),
     Supported(
-        "penalties, bad words, thinking budgets, structured outputs",
+        "repetition, presence and frequency penalties",
         NO_SPEED_UP,
         f"{_IDENTITY}::test_requests_that_cannot_branch_still_agree",
     ),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_medusa import vllm_seams
 from vllm_medusa.tree_batch import TreeBatch
 
 
 def follow_depths(model_state: Any, tree_batch: TreeBatch) -> None:
-    """Wrap ``model_state.prepare_inputs`` so that a tree row's rope positions follow its depth.
+    """From now on a tree row's rope positions follow its depth.
 
     A tree starts behind the prompt, where all dimensions advance together, so every
     row is its root's position plus its depth in each of them.
@@ -38,13 +39,10 @@ def follow_depths(model_state: Any, tree_batch: TreeBatch) -> None:
             f"Medusa finds no rope state in {type(model_state).__name__}, although the model uses "
             "M-RoPE; it cannot place tree rows there, so run this model without Medusa"
         )
-    prepare_linear = model_state.prepare_inputs
 
-    def prepare_inputs(input_batch: Any, req_states: Any) -> dict[str, Any]:
-        inputs = prepare_linear(input_batch, req_states)
+    def place(inputs: dict[str, Any], input_batch: Any) -> None:
         if tree_batch.num_tree_reqs:
             for positions in inputs["positions"]:
                 tree_batch.place_rows(positions, input_batch)
-        return inputs
 
-    model_state.prepare_inputs = prepare_inputs
+    vllm_seams.after_prepare_inputs(model_state, place)

@@ -27,6 +27,8 @@ SpecDecodingProm.__init__                       one Prometheus label per draft t
 gpu.model_runner.init_speculator                a name imported by the runner's
                                                 constructor; knows vLLM's methods only
 cpu.model_runner.CPUModelRunner                 CPUWorker.init_device builds it inline
+DefaultModelState.prepare_inputs                computes M-RoPE positions behind the runner's
+                                                last hook, along the batch row
 selector._cached_get_attn_backend               remembers the backend of an engine that ran
                                                 earlier in this process
 _custom_ops.cpu_attn_reshape_and_cache          writes known rows, to check at start-up that
@@ -307,6 +309,18 @@ def cpu_ops() -> Any:
     from vllm import _custom_ops
 
     return _custom_ops
+
+
+def after_prepare_inputs(model_state: Any, action: Callable[[dict, Any], None]) -> None:
+    """Let ``action(inputs, input_batch)`` correct what this model state's inputs are."""
+    original = model_state.prepare_inputs
+
+    def prepare_inputs(input_batch, req_states):
+        inputs = original(input_batch, req_states)
+        action(inputs, input_batch)
+        return inputs
+
+    model_state.prepare_inputs = prepare_inputs
 
 
 def forget_attention_choices() -> None:
