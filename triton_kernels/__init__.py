@@ -18,6 +18,7 @@ from typing import Any
 # public name -> module that defines it; no module carries the name of a launcher,
 # because importing a submodule would overwrite the attribute of the same name.
 _LAUNCHERS = {
+    "add_tree_attention": "attention",
     "KVCompactor": "kv_compaction",
     "compact_kv": "kv_compaction",
     "scatter_tree": "scatter",

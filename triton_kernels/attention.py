@@ -5,14 +5,26 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 
-from .attention_kernels import join_splits_kernel, tree_attention_kernel
-from .attention_plan import AttentionPlan, plan_attention, workspace_elements
+from .attention_kernels import join_splits_kernel, tree_attention_kernel, tree_part_kernel
+from .attention_plan import (
+    AttentionPlan,
+    ceil_div,
+    plan_attention,
+    power_of_two_from,
+    workspace_elements,
+)
 from .checks import at_least, check_runnable, check_tensor, check_tree_attention, require
 
-# Rows per program of the joining kernel: 8 x 128 floats are 8 registers a thread.
-_JOIN_ROWS = 8
+# Floats of partial results that a program of the joining kernel holds: 64 registers a thread.
+_JOIN_ELEMENTS = 8192
+_JOIN_MOST_ROWS = 8
+
+
+@cache
+def can_chain(device: torch.device) -> bool:
+    """Whether a kernel may start before its predecessor ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
@@ -144,25 +156,92 @@ def launch(
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
+    padded_head = power_of_two_from(head_size)
+    chained = plan.num_splits > 1 and can_chain(q.device)
     shape = {
         "WINDOW": sliding_window, "NUM_KV_HEADS": num_kv_heads, "GROUP": group,
-        "HEAD_SIZE": head_size, "PADDED_HEAD": triton.next_power_of_2(head_size),
-        "BLOCK_KEYS": plan.block_keys, "MIN_TILES": plan.min_tiles,
+        "HEAD_SIZE": head_size, "PADDED_HEAD": padded_head,
+        "BLOCK_KEYS": plan.block_keys, "MIN_TILES": plan.min_tiles, "CHAINED": chained,
     }  # fmt: skip
     scales = {s.numel() for s in (k_scale, v_scale) if s is not None} or {1}
     tree_attention_kernel[(num_reqs * num_kv_heads * plan.row_tiles, plan.num_splits)](
         out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
-        k_scale, v_scale, workspace, num_tokens, out.stride(0), q.stride(0), k_cache.stride(0),
-        k_cache.stride(1), k_cache.stride(2), block_table.stride(0), tree_masks.stride(0),
-        **shape, SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=max(scales),
-        BLOCK_SIZE=k_cache.shape[1], BLOCK_ROWS=plan.block_rows, ROW_TILES=plan.row_tiles,
+        k_scale, v_scale, workspace, num_tokens, plan.row_tiles, out.stride(0), q.stride(0),
+        k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),
+        tree_masks.stride(0), **shape, SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=max(scales),
+        BLOCK_SIZE=k_cache.shape[1], BLOCK_ROWS=plan.block_rows,
         IS_SPLIT=plan.num_splits > 1, num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
     if plan.num_splits == 1:
         return
-    row_tiles = triton.cdiv(max_query_len * group, _JOIN_ROWS)
+    block_splits = power_of_two_from(plan.num_splits)
+    join_rows = max(1, min(_JOIN_MOST_ROWS, _JOIN_ELEMENTS // (block_splits * padded_head)))
+    row_tiles = ceil_div(max_query_len * group, join_rows)
     join_splits_kernel[(num_reqs * num_kv_heads * row_tiles,)](
         out, workspace, query_start_loc, seq_lens, sinks, v_scale, num_tokens, plan.num_splits,
-        out.stride(0), **shape, SCALES=max(scales), BLOCK_ROWS=_JOIN_ROWS, ROW_TILES=row_tiles,
-        num_warps=4,
+        row_tiles, out.stride(0), **shape, SCALES=max(scales), BLOCK_ROWS=join_rows,
+        BLOCK_SPLITS=block_splits, num_warps=4, **({"launch_pdl": True} if chained else {}),
+    )  # fmt: skip
+
+
+def add_tree_attention(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tree_masks: torch.Tensor,
+    *,
+    scale: float,
+    num_reqs: int,
+    max_query_len: int,
+    max_seq_len: int,
+    logit_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Complete attention over the context with the keys of the tree.
+
+    For kernels that know no tree masks: they attend to the context alone, where every row
+    sees everything, and this one adds the rows' ancestors. Arguments as of
+    :func:`tree_attention`, without sliding windows and float8 caches, and
+
+    Parameters
+    ----------
+    out : torch.Tensor
+        ``[num_tokens, Hq, D]`` attention over the first ``seq_len - query_len`` keys, replaced
+        by attention over those and the tree. What stands in rows without context is ignored.
+    lse : torch.Tensor
+        ``[Hq, num_tokens]`` float32, natural logarithm of the sum of ``exp(score)`` over the
+        context, without sinks.
+    """
+    check_tree_attention(
+        out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, scale=scale,
+        num_reqs=num_reqs, max_query_len=max_query_len, max_seq_len=max_seq_len,
+        sliding_window=0, logit_soft_cap=logit_soft_cap, sinks=sinks, k_scale=None, v_scale=None,
+    )  # fmt: skip
+    check_tensor("k_cache", k_cache, shape=k_cache.shape, dtype=q.dtype, device=q.device)
+    num_tokens, num_heads, head_size = q.shape
+    shape = [num_heads, num_tokens]
+    check_tensor("lse", lse, shape=shape, dtype=torch.float32, device=q.device)
+    check_runnable("q", q, tree_part_kernel)
+    if num_reqs == 0 or num_tokens == 0:
+        return
+    num_kv_heads = k_cache.shape[2]
+    group = num_heads // num_kv_heads
+    padded_head = power_of_two_from(head_size)
+    is_small = q.element_size() == 2 and padded_head <= 128
+    block_rows = min(max(16, power_of_two_from(max_query_len * group)), 64 if is_small else 16)
+    row_tiles = ceil_div(max_query_len * group, block_rows)
+    chained = can_chain(q.device)
+    tree_part_kernel[(num_reqs * num_kv_heads * row_tiles,)](
+        out, lse, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
+        row_tiles, out.stride(0), lse.stride(0), q.stride(0), k_cache.stride(0),
+        k_cache.stride(1), k_cache.stride(2), block_table.stride(0), tree_masks.stride(0),
+        SCALE=scale, SOFT_CAP=logit_soft_cap, NUM_KV_HEADS=num_kv_heads, GROUP=group,
+        HEAD_SIZE=head_size, PADDED_HEAD=padded_head, BLOCK_SIZE=k_cache.shape[1],
+        BLOCK_ROWS=block_rows, BLOCK_KEYS=64 if is_small else 16, CHAINED=chained, num_warps=4,
+        num_stages=1, **({"launch_pdl": True} if chained else {}),
     )  # fmt: skip

@@ -2,11 +2,12 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_tile import attend_tile, finish_rows, key_tiles, popcount
+from .attention_tile import LOG2_E, attend_tile, finish_rows, key_tiles, popcount
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "row_tiles"])
 def tree_attention_kernel(
     out,  # out [num_tokens, Hq, HEAD_SIZE]
     q,  # in [num_tokens, Hq, HEAD_SIZE]
@@ -21,6 +22,7 @@ def tree_attention_kernel(
     v_scale,  # in [SCALES] float32 or None
     workspace,  # out, IS_SPLIT: float32 accumulators, then (maximum, sum) pairs
     num_tokens,
+    row_tiles,
     out_stride,
     q_stride,
     block_stride,
@@ -39,24 +41,28 @@ def tree_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    ROW_TILES: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """Grid: (num_reqs * Hkv * ROW_TILES, num_splits).
+    """Grid: (num_reqs * Hkv * row_tiles, num_splits).
 
     One program owns BLOCK_ROWS (query row, head of the group) pairs of one request and KV
     head, over one range of keys: all query heads of a KV head share the pass over it.
     """
+    if CHAINED:
+        # The joining kernel's programs may start, and wait, as soon as all of these run.
+        gdc_launch_dependents()
     pid = tl.program_id(0)
-    kv_head = pid // ROW_TILES % NUM_KV_HEADS
-    req = pid // (ROW_TILES * NUM_KV_HEADS)
+    kv_head = pid // row_tiles % NUM_KV_HEADS
+    req = pid // (row_tiles * NUM_KV_HEADS)
+    # Three loads in flight before the first is waited for.
     start = tl.load(query_start_loc + req)
     query_len = tl.load(query_start_loc + req + 1) - start
-    first_row = pid % ROW_TILES * BLOCK_ROWS
+    seq_len = tl.load(seq_lens + req)
+    first_row = pid % row_tiles * BLOCK_ROWS
     if first_row >= query_len * GROUP:
         return
-    seq_len = tl.load(seq_lens + req)
     context = seq_len - query_len
     # The number of splits depends on the batch; read off the grid it needs no recompilation.
     num_splits = tl.num_programs(1)
@@ -92,18 +98,12 @@ def tree_attention_kernel(
     acc = tl.zeros([BLOCK_ROWS, PADDED_HEAD], tl.float32)
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    full_tiles = context // BLOCK_KEYS  # tiles without a tree key
-    for tile in range(low, tl.minimum(high, full_tiles)):
+    for tile in range(low, high):
         acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q_tile, words, depths, tile, k_head, v_head, table_row,
-            masks_row, first_key, context, seq_len, qk_scale, block_stride, slot_stride, False,
-            SOFT_CAP, WINDOW, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS,
-        )  # fmt: skip
-    for tile in range(tl.maximum(low, full_tiles), high):
-        acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q_tile, words, depths, tile, k_head, v_head, table_row,
-            masks_row, first_key, context, seq_len, qk_scale, block_stride, slot_stride, True,
-            SOFT_CAP, WINDOW, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS,
+            acc, row_max, row_sum, q_tile, words, depths, tile * BLOCK_KEYS, k_head, v_head,
+            table_row, masks_row, first_key, context, seq_len, qk_scale, block_stride, slot_stride,
+            BLOCK_SIZE % BLOCK_KEYS == 0, SOFT_CAP, WINDOW, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE,
+            BLOCK_KEYS,
         )  # fmt: skip
 
     if not IS_SPLIT:
@@ -120,7 +120,7 @@ def tree_attention_kernel(
         tl.store(stats + 2 * pair + 1, row_sum, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "row_tiles"])
 def join_splits_kernel(
     out,  # out [num_tokens, Hq, HEAD_SIZE]
     workspace,  # in, as written by tree_attention_kernel
@@ -130,6 +130,7 @@ def join_splits_kernel(
     v_scale,  # in [SCALES] float32 or None
     num_tokens,
     num_splits,
+    row_tiles,
     out_stride,
     WINDOW: tl.constexpr,
     SCALES: tl.constexpr,
@@ -138,20 +139,25 @@ def join_splits_kernel(
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    ROW_TILES: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """Grid: (num_reqs * Hkv * ROW_TILES,). One program joins the splits of BLOCK_ROWS pairs."""
+    """Grid: (num_reqs * Hkv * row_tiles,). One program joins the splits of BLOCK_ROWS pairs.
+
+    All splits are loaded at once: one after the other, each would wait for the L2 (0.6 us).
+    """
     pid = tl.program_id(0)
-    kv_head = pid // ROW_TILES % NUM_KV_HEADS
-    req = pid // (ROW_TILES * NUM_KV_HEADS)
+    kv_head = pid // row_tiles % NUM_KV_HEADS
+    req = pid // (row_tiles * NUM_KV_HEADS)
+    # Three loads in flight before the first is waited for.
     start = tl.load(query_start_loc + req)
     query_len = tl.load(query_start_loc + req + 1) - start
-    first_row = pid % ROW_TILES * BLOCK_ROWS
+    seq_len = tl.load(seq_lens + req)
+    first_row = pid % row_tiles * BLOCK_ROWS
     if first_row >= query_len * GROUP:
         return
-    seq_len = tl.load(seq_lens + req)
     _, first_tile, end_tile, per_split = key_tiles(
         seq_len, seq_len - query_len, num_splits, WINDOW, BLOCK_KEYS, MIN_TILES
     )
@@ -159,27 +165,114 @@ def join_splits_kernel(
     rows = pairs // GROUP
     heads = kv_head * GROUP + pairs % GROUP
     dims = tl.arange(0, PADDED_HEAD)
+    splits = tl.arange(0, BLOCK_SPLITS)
     is_row = rows < query_len
+    is_used = splits < tl.cdiv(end_tile - first_tile, per_split)
     tokens = (start + rows).to(tl.int64)
     num_pairs = tl.cast(num_tokens, tl.int64) * (NUM_KV_HEADS * GROUP)
     stats = workspace + num_splits * num_pairs * PADDED_HEAD
-
-    acc = tl.zeros([BLOCK_ROWS, PADDED_HEAD], tl.float32)
-    row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    for split in range(0, tl.cdiv(end_tile - first_tile, per_split)):
-        pair = split * num_pairs + tokens * (NUM_KV_HEADS * GROUP) + heads
-        acc_ptrs = workspace + pair[:, None] * PADDED_HEAD + dims[None, :]
-        split_acc = tl.load(acc_ptrs, mask=is_row[:, None], other=0.0)
-        split_max = tl.load(stats + 2 * pair, mask=is_row, other=float("-inf"))
-        split_sum = tl.load(stats + 2 * pair + 1, mask=is_row, other=0.0)
-        new_max = tl.maximum(row_max, split_max)
-        anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
-        old, new = tl.exp2(row_max - anchor), tl.exp2(split_max - anchor)
-        acc = acc * old[:, None] + split_acc * new[:, None]
-        row_sum = row_sum * old + split_sum * new
-        row_max = new_max
+    pair = splits[:, None] * num_pairs + (tokens * (NUM_KV_HEADS * GROUP) + heads)[None, :]
+    is_pair = is_used[:, None] & is_row[None, :]
+    acc_ptrs = workspace + pair[:, :, None] * PADDED_HEAD + dims[None, None, :]
+    if CHAINED:
+        gdc_wait()
+    split_max = tl.load(stats + 2 * pair, mask=is_pair, other=float("-inf"))
+    split_sum = tl.load(stats + 2 * pair + 1, mask=is_pair, other=0.0)
+    split_acc = tl.load(acc_ptrs, mask=is_pair[:, :, None], other=0.0)
+    row_max = tl.max(split_max, 0)
+    anchor = tl.where(row_max == float("-inf"), 0.0, row_max)
+    share = tl.exp2(split_max - anchor[None, :])
+    row_sum = tl.sum(split_sum * share, 0)
+    acc = tl.sum(split_acc * share[:, :, None], 0)
     result = finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES)
     out_ptrs = out + tokens[:, None] * out_stride + heads[:, None] * HEAD_SIZE + dims[None, :]
     is_stored = is_row[:, None] & (dims < HEAD_SIZE)[None, :]
     tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
+
+
+@triton.jit(do_not_specialize=["row_tiles"])
+def tree_part_kernel(
+    out,  # in and out [num_tokens, Hq, HEAD_SIZE], attention over the context
+    lse,  # in [Hq, num_tokens] float32, its log-sum-exp
+    q,  # in [num_tokens, Hq, HEAD_SIZE]
+    k_cache,  # in [num_blocks, BLOCK_SIZE, Hkv, HEAD_SIZE], strided
+    v_cache,  # in, strides of k_cache
+    block_table,  # in [>= num_reqs, max_blocks] int32
+    query_start_loc,  # in [>= num_reqs + 1] int32
+    seq_lens,  # in [>= num_reqs] int32
+    tree_masks,  # in [>= num_reqs, W] int64
+    sinks,  # in [Hq] or None
+    row_tiles,
+    out_stride,
+    lse_stride,
+    q_stride,
+    block_stride,
+    slot_stride,
+    head_stride,
+    table_stride,
+    masks_stride,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PADDED_HEAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Grid: (num_reqs * Hkv * row_tiles,). Keys of the tree, joined with the context's part."""
+    pid = tl.program_id(0)
+    kv_head = pid // row_tiles % NUM_KV_HEADS
+    req = pid // (row_tiles * NUM_KV_HEADS)
+    # Three loads in flight before the first is waited for.
+    start = tl.load(query_start_loc + req)
+    query_len = tl.load(query_start_loc + req + 1) - start
+    seq_len = tl.load(seq_lens + req)
+    first_row = pid % row_tiles * BLOCK_ROWS
+    if first_row >= query_len * GROUP:
+        return
+    context = seq_len - query_len
+    pairs = first_row + tl.arange(0, BLOCK_ROWS)
+    rows = pairs // GROUP
+    heads = kv_head * GROUP + pairs % GROUP
+    dims = tl.arange(0, PADDED_HEAD)
+    is_row = rows < query_len
+    is_stored = is_row[:, None] & (dims < HEAD_SIZE)[None, :]
+    tokens = (start + rows).to(tl.int64)
+    head_offsets = heads[:, None] * HEAD_SIZE + dims[None, :]
+    if CHAINED:
+        gdc_wait()
+    q_tile = tl.load(q + tokens[:, None] * q_stride + head_offsets, mask=is_stored, other=0.0)
+    masks_row = tree_masks + req.to(tl.int64) * masks_stride
+    words = tl.load(masks_row + rows, mask=is_row, other=1)
+    k_head = k_cache + kv_head.to(tl.int64) * head_stride
+    v_head = v_cache + kv_head.to(tl.int64) * head_stride
+    table_row = block_table + req.to(tl.int64) * table_stride
+    row_lse = tl.load(lse + heads * lse_stride + tokens, mask=is_row, other=float("-inf"))
+    context_out = tl.load(out + tokens[:, None] * out_stride + head_offsets, mask=is_stored)
+
+    acc = tl.zeros([BLOCK_ROWS, PADDED_HEAD], tl.float32)
+    row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
+    depths = tl.zeros([BLOCK_ROWS], tl.int32)
+    for low in range(context, seq_len, BLOCK_KEYS):
+        acc, row_max, row_sum = attend_tile(
+            acc, row_max, row_sum, q_tile, words, depths, low, k_head, v_head, table_row,
+            masks_row, context, context, seq_len, SCALE, block_stride, slot_stride, False, SOFT_CAP,
+            0, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS,
+        )  # fmt: skip
+    # Nothing can be said of rows without a context: FlashAttention leaves +inf or -inf there.
+    row_lse = tl.where(context > 0, row_lse * LOG2_E, float("-inf"))
+    new_max = tl.maximum(row_max, row_lse)
+    ours, theirs = tl.exp2(row_max - new_max), tl.exp2(row_lse - new_max)
+    context_out = tl.where(context > 0, context_out.to(tl.float32), 0.0)
+    acc = acc * ours[:, None] + context_out * theirs[:, None]
+    row_sum = row_sum * ours + theirs
+    result = finish_rows(acc, new_max, row_sum, sinks, None, heads, kv_head, 1)
+    tl.store(
+        out + tokens[:, None] * out_stride + head_offsets,
+        result.to(out.dtype.element_ty),
+        mask=is_stored,
+    )

@@ -40,17 +40,17 @@ def key_tiles(
 def key_offsets(
     table_row,  # [max_blocks] int32, this request's pages
     keys,  # [BLOCK_KEYS] int32
-    tile,
+    low,  # first of them
     is_loaded,
     block_stride,
     slot_stride,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    IN_ONE_PAGE: tl.constexpr,
 ):
     """Element offsets of `keys` in the paged cache, int64 from the first multiply."""
-    if BLOCK_SIZE % BLOCK_KEYS == 0:
-        # The tile lies in one page, whose first key exists.
-        block = tl.load(table_row + tile * BLOCK_KEYS // BLOCK_SIZE).to(tl.int64)
+    if IN_ONE_PAGE:
+        # The first key of the tile exists, and with it the page.
+        block = tl.load(table_row + low // BLOCK_SIZE).to(tl.int64)
     else:
         block = tl.load(table_row + keys // BLOCK_SIZE, mask=is_loaded, other=0).to(tl.int64)
     return block * block_stride + (keys % BLOCK_SIZE).to(tl.int64) * slot_stride
@@ -89,7 +89,7 @@ def attend_tile(
     q_tile,  # [BLOCK_ROWS, PADDED_HEAD]
     words,  # [BLOCK_ROWS] int64
     depths,  # [BLOCK_ROWS] int32
-    tile,
+    low,  # first key of the tile
     k_head,  # cache + this head's offset
     v_head,
     table_row,
@@ -100,7 +100,7 @@ def attend_tile(
     qk_scale,  # float32: softmax scale (times k_scale)
     block_stride,
     slot_stride,
-    IN_TAIL: tl.constexpr,
+    IN_ONE_PAGE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -108,35 +108,35 @@ def attend_tile(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Online softmax step over one tile of keys."""
-    keys = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    """Online softmax step over one tile of keys.
+
+    One body for the context and the tree: a second copy of it is fetched from memory anew in
+    every layer, and a loop of its own for the last tile would start loading when the first ends.
+    """
+    keys = low + tl.arange(0, BLOCK_KEYS)
     dims = tl.arange(0, PADDED_HEAD)
     # Keys that no row sees may lie in freed pages: they are not even loaded, since 0 * NaN
     # would be NaN.
     is_loaded = (keys >= first_key) & (keys < seq_len)
     offsets = key_offsets(
-        table_row, keys, tile, is_loaded, block_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS
+        table_row, keys, low, is_loaded, block_stride, slot_stride, BLOCK_SIZE, IN_ONE_PAGE
     )
-    k_ptrs = k_head + offsets[None, :] + dims[:, None]
-    v_ptrs = v_head + offsets[:, None] + dims[None, :]
-    if IN_TAIL or WINDOW > 0:
-        k = tl.load(k_ptrs, mask=is_loaded[None, :] & (dims < HEAD_SIZE)[:, None], other=0.0)
-        v = tl.load(v_ptrs, mask=is_loaded[:, None] & (dims < HEAD_SIZE)[None, :], other=0.0)
-    elif HEAD_SIZE < PADDED_HEAD:
-        k = tl.load(k_ptrs, mask=(dims < HEAD_SIZE)[:, None], other=0.0)
-        v = tl.load(v_ptrs, mask=(dims < HEAD_SIZE)[None, :], other=0.0)
-    else:
-        k = tl.load(k_ptrs)
-        v = tl.load(v_ptrs)
+    # Keys are loaded as rows, like values, so that both share one layout of addresses.
+    places = offsets[:, None] + dims[None, :]
+    is_place = is_loaded[:, None]
+    if HEAD_SIZE < PADDED_HEAD:
+        is_place = is_place & (dims < HEAD_SIZE)[None, :]
+    k = tl.load(k_head + places, mask=is_place, other=0.0)
+    v = tl.load(v_head + places, mask=is_place, other=0.0)
 
-    scores = tl.dot(q_tile, k.to(q_tile.dtype), input_precision="ieee")
+    scores = tl.dot(q_tile, tl.trans(k.to(q_tile.dtype)), input_precision="ieee")
     to_log2 = qk_scale * LOG2_E
     if SOFT_CAP > 0:
         # tanh(x) = 1 - 2 / (exp(2x) + 1); overflow to inf ends at 1 as it should.
         doubled = scores * (qk_scale * 2 * LOG2_E / SOFT_CAP)
         scores = SOFT_CAP - 2 * SOFT_CAP / (tl.exp2(doubled) + 1)
         to_log2 = LOG2_E
-    if IN_TAIL:
+    if low + BLOCK_KEYS > context:  # holds keys of the tree
         visible = tail_visibility(masks_row, words, depths, keys, context, seq_len, WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
     elif WINDOW > 0:
@@ -145,10 +145,8 @@ def attend_tile(
 
     # Maximum before scaling (the scale is positive): scaling and subtraction are one FMA.
     new_max = tl.maximum(row_max, tl.max(scores, 1) * to_log2)
-    anchor = new_max
-    if IN_TAIL or WINDOW > 0:
-        # A row that has seen nothing yet has maximum -inf; -inf - -inf would be NaN.
-        anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
+    # A row that has seen nothing yet has maximum -inf; -inf - -inf would be NaN.
+    anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = tl.exp2(scores * to_log2 - anchor[:, None])
     decay = tl.exp2(row_max - anchor)
     row_sum = row_sum * decay + tl.sum(weights, 1)

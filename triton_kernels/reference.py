@@ -18,9 +18,17 @@ from .checks import (
     require,
 )
 from .kv_layout import WORDS, group_layers
-from .reference_attention import tree_attention
+from .reference_attention import add_tree_attention, tree_attention
 
-__all__ = ["KVCompactor", "compact_kv", "path_rows", "scatter_tree", "tree_attention", "tree_walk"]
+__all__ = [
+    "KVCompactor",
+    "add_tree_attention",
+    "compact_kv",
+    "path_rows",
+    "scatter_tree",
+    "tree_attention",
+    "tree_walk",
+]
 
 
 def path_rows(path_mask: int) -> list[int]:

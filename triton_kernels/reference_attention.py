@@ -104,3 +104,61 @@ def tree_attention(
         weights = weights.view(num_rows, num_kv_heads, -1, len(keys))
         result = torch.einsum("nhgs,shd->nhgd", weights, v)
         out[rows] = result.reshape(num_rows, num_heads, head_size).to(out.dtype)
+
+
+def add_tree_attention(
+    out: torch.Tensor,  # [num_tokens, Hq, D], attention over the context
+    lse: torch.Tensor,  # [Hq, num_tokens] float32, its log-sum-exp
+    q: torch.Tensor,  # [num_tokens, Hq, D]
+    k_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+    v_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+    block_table: torch.Tensor,  # [>= num_reqs, max_blocks] int32
+    query_start_loc: torch.Tensor,  # [>= num_reqs + 1] int32
+    seq_lens: torch.Tensor,  # [>= num_reqs] int32
+    tree_masks: torch.Tensor,  # [>= num_reqs, W] int64
+    *,
+    scale: float,
+    num_reqs: int,
+    max_query_len: int,
+    max_seq_len: int,
+    logit_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Twin of :func:`vllm_medusa.triton_kernels.attention.add_tree_attention`."""
+    check_tree_attention(
+        out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, scale=scale,
+        num_reqs=num_reqs, max_query_len=max_query_len, max_seq_len=max_seq_len,
+        sliding_window=0, logit_soft_cap=logit_soft_cap, sinks=sinks, k_scale=None, v_scale=None,
+    )  # fmt: skip
+    compute = torch.promote_types(q.dtype, torch.float32)
+    head_size = q.shape[2]
+    num_kv_heads = k_cache.shape[2]
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for r in range(num_reqs):
+        rows = slice(starts[r], starts[r + 1])
+        num_rows = rows.stop - rows.start
+        if num_rows == 0:
+            continue
+        context = lengths[r] - num_rows
+        keys = torch.arange(context, lengths[r], device=q.device)
+        k = _gather_rows(k_cache, block_table[r], keys).to(compute)
+        v = _gather_rows(v_cache, block_table[r], keys).to(compute)
+        grouped = q[rows].to(compute).view(num_rows, num_kv_heads, -1, head_size)
+        scores = torch.einsum("nhgd,shd->nhgs", grouped, k) * scale
+        if logit_soft_cap > 0:
+            scores = logit_soft_cap * torch.tanh(scores / logit_soft_cap)
+        scores = scores.flatten(1, 2)  # [rows, Hq, keys]
+        is_ancestor = _words_to_bits(tree_masks[r, :num_rows], num_rows)
+        scores = scores.masked_fill(~is_ancestor[:, None], float("-inf"))
+        parts, context_lse = [scores], lse[:, rows].T.to(compute)
+        context_out = out[rows].to(compute)
+        if context == 0:
+            context_lse = torch.full_like(context_lse, float("-inf"))
+            context_out = torch.zeros_like(context_out)
+        parts.append(context_lse[..., None])
+        if sinks is not None:
+            parts.append(sinks.to(compute)[None, :, None].expand(num_rows, -1, 1))
+        weights = torch.softmax(torch.cat(parts, 2), 2)
+        tree_weights = weights[..., :num_rows].view(num_rows, num_kv_heads, -1, num_rows)
+        result = torch.einsum("nhgs,shd->nhgd", tree_weights, v).reshape(context_out.shape)
+        out[rows] = (result + weights[..., num_rows, None] * context_out).to(out.dtype)

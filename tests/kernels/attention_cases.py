@@ -120,6 +120,33 @@ def in_float64(arguments: dict) -> dict:
     return exact
 
 
+def attention_over_context(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[num_tokens, Hq, D]`` and ``[Hq, num_tokens]`` log-sum-exp, float64, on the CPU.
+
+    Rows without context hold NaN and +inf, as FlashAttention may leave them.
+    """
+    exact = in_float64(arguments)
+    q = exact["q"]
+    out, lse = torch.full_like(q, float("nan")), q.new_full(q.shape[:2], float("inf")).T
+    starts, group = exact["query_start_loc"].tolist(), q.shape[1] // exact["k_cache"].shape[2]
+    for r in range(exact["num_reqs"]):
+        rows = slice(starts[r], starts[r + 1])
+        context = int(exact["seq_lens"][r]) - (rows.stop - rows.start)
+        if rows.stop == rows.start or context == 0:
+            continue
+        keys = torch.arange(context)
+        block_size = exact["k_cache"].shape[1]
+        blocks = exact["block_table"][r, keys // block_size].long()
+        k, v = (exact[name][blocks, keys % block_size].repeat_interleave(group, 1)
+                for name in ("k_cache", "v_cache"))  # fmt: skip
+        scores = torch.einsum("nhd,shd->hns", q[rows], k) * exact["scale"]
+        if cap := exact["logit_soft_cap"]:
+            scores = cap * torch.tanh(scores / cap)
+        out[rows] = torch.einsum("hns,shd->nhd", scores.softmax(2), v)
+        lse[:, rows] = scores.logsumexp(2)
+    return out, lse
+
+
 def attention_by_definition(case: Case, arguments: dict) -> torch.Tensor:
     """Row by row: softmax over the context and the row's ancestors, in float64.
 

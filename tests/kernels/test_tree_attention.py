@@ -5,12 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, attention_by_definition, build, in_float64
+from attention_cases import (
+    Case,
+    attention_by_definition,
+    attention_over_context,
+    build,
+    in_float64,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import NAMED_TREES, random_parents
 
-from vllm_medusa.triton_kernels import reference, tree_attention
+from vllm_medusa.triton_kernels import add_tree_attention, reference, tree_attention
 from vllm_medusa.triton_kernels.attention_plan import plan_attention, workspace_elements
 
 # Largest absolute error against float64 arithmetic on the same (rounded) inputs; values are
@@ -166,6 +172,37 @@ def test_soft_cap_and_sinks(device, soft_cap, sinks, num_splits):
     check(case, device)
 
 
+PART_CASES = {
+    "root-only": Case((tree("root-only"),), (33,)),
+    "full-63": Case((tree("full-63"),), (100,), group=4),
+    "no-context": Case((tree("random-15"), tree("chain-5")), (0, 20)),
+    "ragged": Case((tree("random-15"), None, tree("full-63"), tree("root-only")), (17, 0, 64, 1)),
+    "in-one-page": Case((tree("random-16"),), (3,), block_size=128),
+    "soft-cap-and-sinks": Case((tree("random-30"),), (50,), soft_cap=2.0, sinks=True, group=3),
+    "head-size-80": Case((tree("random-30"),), (50,), head_size=80),
+    "half": Case((tree("full-63"),), (70,), dtype=torch.float16, head_size=128),
+}
+
+
+@pytest.mark.parametrize("name", PART_CASES)
+@pytest.mark.parametrize("add", [add_tree_attention, reference.add_tree_attention],
+                         ids=["kernel", "twin"])  # fmt: skip
+def test_tree_part_completes_attention_over_the_context(device, name, add):
+    case = PART_CASES[name]
+    arguments = build(case, device)
+    exact = in_float64(arguments)
+    reference.tree_attention(**exact)
+    context_out, lse = attention_over_context(arguments)
+    arguments["out"].copy_(context_out)
+    for unknown in ("sliding_window", "k_scale", "v_scale", "num_splits"):
+        del arguments[unknown]
+    add(lse=lse.float().contiguous().to(device), **arguments)
+    num_rows = sum(case.query_lens)
+    got, want = arguments["out"].cpu().double(), exact["out"]
+    assert got[num_rows:].isnan().all(), "a row that belongs to nobody was written"
+    assert (got - want)[:num_rows].abs().max().item() <= TOLERANCES[case.dtype]
+
+
 def test_bounds_may_exceed_the_batch(device):
     """A captured graph is launched with upper bounds, more splits than keys included."""
     case = Case((tree("random-15"), tree("one-node")), (40, 3), kv_heads=1)
@@ -248,9 +285,11 @@ def test_graph_replay_follows_device_sizes(device, num_splits):
 def test_plan_fills_the_device_and_stays_within_limits():
     shape = {"num_kv_heads": 8, "group": 4, "head_size": 128, "item_size": 2,
              "max_query_len": 64, "num_multiprocessors": 132}  # fmt: skip
-    assert plan_attention(num_reqs=1, max_seq_len=2048, **shape).num_splits == 8
+    assert plan_attention(num_reqs=1, max_seq_len=2048, **shape).num_splits == 16
     assert plan_attention(num_reqs=32, max_seq_len=8192, **shape).num_splits == 1
-    assert plan_attention(num_reqs=1, max_seq_len=100, **shape).num_splits == 1
+    assert plan_attention(num_reqs=1, max_seq_len=64, **shape).num_splits == 1
+    narrow = shape | {"max_query_len": 40}
+    assert plan_attention(num_reqs=1, max_seq_len=2048, **narrow).block_rows == 64
     assert plan_attention(num_reqs=1, max_seq_len=64, num_splits=7, **shape).num_splits == 7
     with pytest.raises(ValueError, match=r"^num_splits: found 0"):
         plan_attention(num_reqs=1, max_seq_len=64, num_splits=0, **shape)
