@@ -7,7 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .attention_tile import LOG2_E, attend_tile, finish_rows, key_tiles, popcount
 
 
-@triton.jit(do_not_specialize=["num_tokens", "row_tiles"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def tree_attention_kernel(
     out,  # out [num_tokens, Hq, HEAD_SIZE]
     q,  # in [num_tokens, Hq, HEAD_SIZE]
@@ -22,7 +22,6 @@ def tree_attention_kernel(
     v_scale,  # in [SCALES] float32 or None
     workspace,  # out, IS_SPLIT: float32 accumulators, then (maximum, sum) pairs
     num_tokens,
-    row_tiles,
     out_stride,
     q_stride,
     block_stride,
@@ -45,7 +44,7 @@ def tree_attention_kernel(
     MIN_TILES: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Grid: (num_reqs * Hkv * row_tiles, num_splits).
+    """Grid: (row_tiles, num_reqs * Hkv, num_splits).
 
     One program owns BLOCK_ROWS (query row, head of the group) pairs of one request and KV
     head, over one range of keys: all query heads of a KV head share the pass over it.
@@ -53,23 +52,22 @@ def tree_attention_kernel(
     if CHAINED:
         # The joining kernel's programs may start, and wait, as soon as all of these run.
         gdc_launch_dependents()
-    pid = tl.program_id(0)
-    kv_head = pid // row_tiles % NUM_KV_HEADS
-    req = pid // (row_tiles * NUM_KV_HEADS)
+    kv_head = tl.program_id(1) % NUM_KV_HEADS
+    req = tl.program_id(1) // NUM_KV_HEADS
     # Three loads in flight before the first is waited for.
     start = tl.load(query_start_loc + req)
     query_len = tl.load(query_start_loc + req + 1) - start
     seq_len = tl.load(seq_lens + req)
-    first_row = pid % row_tiles * BLOCK_ROWS
+    first_row = tl.program_id(0) * BLOCK_ROWS
     if first_row >= query_len * GROUP:
         return
     context = seq_len - query_len
     # The number of splits depends on the batch; read off the grid it needs no recompilation.
-    num_splits = tl.num_programs(1)
+    num_splits = tl.num_programs(2)
     first_key, first_tile, end_tile, per_split = key_tiles(
         seq_len, context, num_splits, WINDOW, BLOCK_KEYS, MIN_TILES
     )
-    low = first_tile + tl.program_id(1) * per_split
+    low = first_tile + tl.program_id(2) * per_split
     high = tl.minimum(low + per_split, end_tile)
     if low >= high:
         return
@@ -112,7 +110,7 @@ def tree_attention_kernel(
         tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
     else:
         num_pairs = tl.cast(num_tokens, tl.int64) * (NUM_KV_HEADS * GROUP)
-        pair = tl.program_id(1) * num_pairs + tokens * (NUM_KV_HEADS * GROUP) + heads
+        pair = tl.program_id(2) * num_pairs + tokens * (NUM_KV_HEADS * GROUP) + heads
         acc_ptrs = workspace + pair[:, None] * PADDED_HEAD + dims[None, :]
         tl.store(acc_ptrs, acc, mask=is_row[:, None])
         stats = workspace + num_splits * num_pairs * PADDED_HEAD
@@ -120,7 +118,7 @@ def tree_attention_kernel(
         tl.store(stats + 2 * pair + 1, row_sum, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits", "row_tiles"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def join_splits_kernel(
     out,  # out [num_tokens, Hq, HEAD_SIZE]
     workspace,  # in, as written by tree_attention_kernel
@@ -130,7 +128,6 @@ def join_splits_kernel(
     v_scale,  # in [SCALES] float32 or None
     num_tokens,
     num_splits,
-    row_tiles,
     out_stride,
     WINDOW: tl.constexpr,
     SCALES: tl.constexpr,
@@ -144,18 +141,17 @@ def join_splits_kernel(
     MIN_TILES: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Grid: (num_reqs * Hkv * row_tiles,). One program joins the splits of BLOCK_ROWS pairs.
+    """Grid: (row_tiles, num_reqs * Hkv). One program joins the splits of BLOCK_ROWS pairs.
 
     All splits are loaded at once: one after the other, each would wait for the L2 (0.6 us).
     """
-    pid = tl.program_id(0)
-    kv_head = pid // row_tiles % NUM_KV_HEADS
-    req = pid // (row_tiles * NUM_KV_HEADS)
+    kv_head = tl.program_id(1) % NUM_KV_HEADS
+    req = tl.program_id(1) // NUM_KV_HEADS
     # Three loads in flight before the first is waited for.
     start = tl.load(query_start_loc + req)
     query_len = tl.load(query_start_loc + req + 1) - start
     seq_len = tl.load(seq_lens + req)
-    first_row = pid % row_tiles * BLOCK_ROWS
+    first_row = tl.program_id(0) * BLOCK_ROWS
     if first_row >= query_len * GROUP:
         return
     _, first_tile, end_tile, per_split = key_tiles(
@@ -190,7 +186,7 @@ def join_splits_kernel(
     tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
+@triton.jit
 def tree_part_kernel(
     out,  # in and out [num_tokens, Hq, HEAD_SIZE], attention over the context
     lse,  # in [Hq, num_tokens] float32, its log-sum-exp
@@ -202,7 +198,6 @@ def tree_part_kernel(
     seq_lens,  # in [>= num_reqs] int32
     tree_masks,  # in [>= num_reqs, W] int64
     sinks,  # in [Hq] or None
-    row_tiles,
     out_stride,
     lse_stride,
     q_stride,
@@ -222,15 +217,14 @@ def tree_part_kernel(
     BLOCK_KEYS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Grid: (num_reqs * Hkv * row_tiles,). Keys of the tree, joined with the context's part."""
-    pid = tl.program_id(0)
-    kv_head = pid // row_tiles % NUM_KV_HEADS
-    req = pid // (row_tiles * NUM_KV_HEADS)
+    """Grid: (row_tiles, num_reqs * Hkv). Keys of the tree, joined with the context's part."""
+    kv_head = tl.program_id(1) % NUM_KV_HEADS
+    req = tl.program_id(1) // NUM_KV_HEADS
     # Three loads in flight before the first is waited for.
     start = tl.load(query_start_loc + req)
     query_len = tl.load(query_start_loc + req + 1) - start
     seq_len = tl.load(seq_lens + req)
-    first_row = pid % row_tiles * BLOCK_ROWS
+    first_row = tl.program_id(0) * BLOCK_ROWS
     if first_row >= query_len * GROUP:
         return
     context = seq_len - query_len
