@@ -61,8 +61,34 @@ def serving_section(path: Path) -> str:
         f"{record['turns']} turn(s), at most {record['max_tokens']} tokens, temperature "
         f"{record['temperature']:g}, medians of {record['rounds']} interleaved rounds (extremes in "
         f"brackets); commit {commit[:10]}, `{path.relative_to(ROOT)}`:\n\n"
-        f"{table(header, rows)}\n\nTokens per step by category: {by_category}.\n\n"
-        f"`{shown_command(record)}`"
+        f"{table(header, rows)}\n\nTokens per step by category: {by_category}.{agreement(record)}"
+        f"\n\n`{shown_command(record)}`"
+    )
+
+
+def agreement(record: dict[str, Any]) -> str:
+    """How greedy answers of both sides agree, and how near a tie they part."""
+    found = [r["agreement"] for r in record["results"] if r["agreement"] is not None]
+    if not found:
+        return ""
+    same = ", ".join(str(f["identical"]) for f in found)
+    total = found[0]["first_turns_compared"]
+    gap = max(f["largest_gap"] for f in found)
+    return (
+        f" Answers identical to plain vLLM's: {same} of {total}; where the others part, the two "
+        f"tokens' log probabilities in plain vLLM lie at most {gap:.3f} apart."
+    )
+
+
+def serve_section(path: Path) -> str:
+    """`vllm serve` with the flag, streamed answers."""
+    record = json.loads(path.read_text())
+    rates = [a["tokens"] / a["seconds"] for a in record["answers"]]
+    return (
+        f"**`vllm serve --speculative-model medusa:PATH`** on {device(record)}: "
+        f"{len(rates)} streamed answers one after another, {min(rates):.0f} to {max(rates):.0f} "
+        f"tok/s, {record['tokens_per_step']:.2f} tokens per step by the server's own metrics; "
+        f"`{path.relative_to(ROOT)}`.\n\n`{shown_command(record)}`"
     )
 
 
@@ -117,6 +143,7 @@ def refusals_section() -> str:
 def results_section() -> str:
     """All measured tables, in a fixed order."""
     parts = [serving_section(path) for path in sorted(RESULTS.glob("*serving*.json"))]
+    parts += [serve_section(path) for path in sorted(RESULTS.glob("*_serve.json"))]
     parts.append(heads_section())
     parts += [cpu_runner_section(path) for path in sorted(RESULTS.glob("cpu_runner.json"))]
     return "\n\n".join(parts)

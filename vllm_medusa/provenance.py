@@ -27,7 +27,11 @@ def collect_provenance(**extra: Any) -> dict[str, Any]:
         checkout), ``versions``, ``python``, ``processor``, ``gpus`` and the extras.
     """
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # Absolute paths say nothing about the run: their last part stays.
+        "command": [
+            Path(word).name if Path(word).is_absolute() else word
+            for word in (Path(sys.argv[0]).name, *sys.argv[1:])
+        ],
         "git_sha": git_sha(),
         "versions": _versions(),
         "python": platform.python_version(),
