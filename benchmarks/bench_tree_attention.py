@@ -2,11 +2,11 @@
 
     python benchmarks/bench_tree_attention.py --out record.json [--quick] [--tune]
 
-All kernels read the same paged bfloat16 cache.  The Triton peer gets the tree as its
-``qq_bias`` (one mask for the whole batch); FlashAttention cannot take one and runs the same
-rows causally, as a chain, which is the cost of verification without a tree.  Every output
-is compared with the PyTorch twin in float32 before it is timed.  A peer that is missing or
-fails is reported in its column.
+All kernels read the same paged bfloat16 cache.  "fa3+tree" is the two-part route.  The Triton
+peer gets the tree as its ``qq_bias`` (one mask for the whole batch); FlashAttention cannot take
+one and runs the same rows causally, as a chain, which is the cost of verification without a
+tree.  Every output is compared with the PyTorch twin in float32 before it is timed.  A peer
+that is missing or fails is reported in its column.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from records import write_record
 from timing import time_gpu
 
-from vllm_medusa.triton_kernels import attention, reference, tree_attention
+from vllm_medusa.triton_kernels import add_tree_attention, attention, reference, tree_attention
 from vllm_medusa.triton_kernels.attention_plan import plan_attention, workspace_elements
 
 DEVICE = torch.device("cuda")
@@ -53,18 +53,24 @@ MODELS = [(32, 8, 128), (32, 32, 128), (9, 3, 64)]
 ALL_SHAPES = [
     Shape(batch, context, rows, *model)
     for model in MODELS
-    for rows in (16, 40, 64)
-    for batch in (1, 8, 32)
-    for context in (512, 2048, 8192)
+    for rows in (8, 16, 40, 64)
+    for batch in (1, 4, 8, 16, 32, 64)
+    for context in (128, 512, 2048, 8192, 32768)
+    # 16 GB of keys and values
+    if batch * context * model[1] <= 1 << 24
 ]
-# The most telling shapes; most of their time is compilation.
+# Batch sizes with the rows that the default node budget gives them, and the corners.
 QUICK_SHAPES = [
-    shape
-    for shape in ALL_SHAPES
-    if (shape.rows == 64 and (shape[3:] == MODELS[0] or (shape.context, shape.batch) == (2048, 8)))
-    or (shape.rows == 16 and shape.context == 2048 and shape[3:] == MODELS[0])
-]
-QUICK_SECONDS = 75  # after which --quick leaves the rest out
+    Shape(batch, context, rows, *model)
+    for model, cells in {
+        MODELS[0]: [(1, 512, 64), (1, 2048, 40), (1, 2048, 64), (1, 8192, 64), (4, 2048, 64),
+                    (8, 1024, 32), (16, 1024, 16), (8, 4096, 64), (32, 4096, 64)],
+        MODELS[1]: [(1, 2048, 64), (8, 4096, 64), (32, 4096, 64)],
+        MODELS[2]: [(1, 512, 64), (8, 512, 32)],
+    }.items()
+    for batch, context, rows in cells
+]  # fmt: skip
+QUICK_SECONDS = 110  # after which --quick leaves the rest out
 TUNE_SHAPES = [Shape(8, 2048, 64, *MODELS[0]), Shape(1, 2048, 16, *MODELS[0])]
 
 
@@ -164,8 +170,34 @@ def flash_attention(arguments: dict[str, Any]) -> Callable[[], None]:
     )  # fmt: skip
 
 
+def ours_causal(arguments: dict[str, Any]) -> Callable[[], None]:
+    """This package's kernel with the masks of a chain: what the tree's mask costs."""
+    chain = chain_masks(arguments["max_query_len"]).expand(arguments["num_reqs"], -1).contiguous()
+    return lambda: tree_attention(**arguments | {"tree_masks": chain})
+
+
+def two_parts(arguments: dict[str, Any]) -> Callable[[], None]:
+    """FlashAttention 3 over the context, this package's kernel for the tree's own keys."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    a = arguments
+    context = a["seq_lens"] - a["max_query_len"]
+
+    def run() -> None:
+        out, lse = flash_attn_varlen_func(
+            q=a["q"], k=a["k_cache"], v=a["v_cache"], out=a["out"],
+            cu_seqlens_q=a["query_start_loc"], max_seqlen_q=a["max_query_len"],
+            seqused_k=context, max_seqlen_k=a["max_seq_len"], softmax_scale=a["scale"],
+            causal=False, block_table=a["block_table"], fa_version=3, return_softmax_lse=True,
+        )  # fmt: skip
+        add_tree_attention(lse=lse, **a | {"out": out})
+
+    return run
+
+
 KERNELS: dict[str, Callable] = {
-    "tree": ours, "triton-qq-bias": vllm_triton, "fa3-causal": flash_attention
+    "tree": ours, "tree-causal": ours_causal, "fa3+tree": two_parts,
+    "triton-qq-bias": vllm_triton, "fa3-causal": flash_attention,
 }  # fmt: skip
 
 
@@ -200,7 +232,7 @@ def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
     want_tree = twin_output(arguments, arguments["tree_masks"])
     want_chain = twin_output(arguments, chain)
     results = {
-        name: measure(make, arguments, want_chain if name == "fa3-causal" else want_tree, repeats)
+        name: measure(make, arguments, want_chain if "causal" in name else want_tree, repeats)
         for name, make in KERNELS.items()
     }
     return {"shape": shape._asdict(), "floor_us": round(floor_us(shape), 2), "kernels": results}
@@ -262,7 +294,7 @@ def _with_plan(plan: Any, a: dict[str, Any]) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
-    parser.add_argument("--quick", action="store_true", help="a few shapes, under 90 seconds")
+    parser.add_argument("--quick", action="store_true", help="a few shapes, about two minutes")
     parser.add_argument("--tune", action="store_true", help="launch plans instead of peers")
     parser.add_argument("--repeats", type=int, default=40)
     args = parser.parse_args()

@@ -73,10 +73,13 @@ def agreement(record: dict[str, Any]) -> str:
         return ""
     same = ", ".join(str(f["identical"]) for f in found)
     total = found[0]["first_turns_compared"]
+    text = f" Answers identical to plain vLLM's: {same} of {total}"
+    if all(f["identical"] == total for f in found):
+        return text + "."
     gap = max(f["largest_gap"] for f in found)
     return (
-        f" Answers identical to plain vLLM's: {same} of {total}; where the others part, the two "
-        f"tokens' log probabilities in plain vLLM lie at most {gap:.3f} apart."
+        f"{text}; where the others part, the two tokens' log probabilities in plain vLLM lie at "
+        f"most {gap:.3f} apart."
     )
 
 
@@ -97,6 +100,36 @@ def shown_command(record: dict[str, Any]) -> str:
     words = record["provenance"]["command"]
     script = f"benchmarks/{Path(words[0]).name}"
     return " ".join(["python", script, *(Path(w).name if "/" in w else w for w in words[1:])])
+
+
+def attention_section(path: Path) -> str:
+    """Tree attention and its peers."""
+    record = json.loads(path.read_text())
+    names = {
+        "tree": "tree", "tree-causal": "same kernel, chain mask", "fa3+tree": "FA3 + tree part",
+        "triton-qq-bias": "vLLM Triton, bias", "fa3-causal": "FA3, chain",
+    }  # fmt: skip
+    rows = []
+    for row in record["rows"]:
+        shape = row["shape"]
+        cells = [
+            f"{shape['batch']}", f"{shape['context']}", f"{shape['rows']}",
+            f"{shape['heads']}/{shape['kv_heads']} x {shape['head_size']}",
+            f"{row['floor_us']:.1f}",
+        ]  # fmt: skip
+        for name in names:
+            found = row["kernels"][name]
+            cells.append("failed" if "failed" in found else f"{found['median']:.1f}")
+        rows.append(cells)
+    header = ["requests", "context", "rows", "heads", "floor", *names.values()]
+    return (
+        f"**Tree attention** on {device(record)}, microseconds of one layer (median, cold L2, CUDA "
+        "graph replay, which itself takes about 4), bfloat16, pages of 16 tokens; the floor is the "
+        "larger of KV bytes at 3.0 TB/s and products at 800 TFLOP/s; FlashAttention 3 cannot take "
+        f"a tree and runs the rows as a chain; `{path.relative_to(ROOT)}`:\n\n"
+        + table(header, rows)
+        + f"\n\n`{shown_command(record)}`"
+    )
 
 
 def heads_section() -> str:
@@ -145,6 +178,7 @@ def results_section() -> str:
     parts = [serving_section(path) for path in sorted(RESULTS.glob("*serving*.json"))]
     parts += [serve_section(path) for path in sorted(RESULTS.glob("*_serve.json"))]
     parts.append(heads_section())
+    parts += [attention_section(path) for path in sorted(RESULTS.glob("*_tree_attention.json"))]
     parts += [cpu_runner_section(path) for path in sorted(RESULTS.glob("cpu_runner.json"))]
     return "\n\n".join(parts)
 
