@@ -49,11 +49,11 @@ class Supported:
 
 
 WORKS = "works"
-NO_SPEED_UP = "works, without speed-up: such a request accepts no drafts"
 
 _FAMILIES = "tests/integration/test_families.py::test_family_identity"
 _FEATURES = "tests/integration/test_features.py::test_feature_identity"
 _IDENTITY = "tests/integration/test_identity.py"
+_REQUESTS = "tests/integration/test_requests.py::test_history_is_the_path"
 
 SUPPORTED: tuple[Supported, ...] = (
     Supported("greedy decoding", WORKS, f"{_IDENTITY}::test_greedy_equals_stock_v1_runner"),
@@ -75,12 +75,17 @@ SUPPORTED: tuple[Supported, ...] = (
     Supported(
         "logit bias, allowed tokens, min tokens",
         WORKS,
-        f"{_IDENTITY}::test_requests_that_cannot_branch_still_agree",
+        f"{_IDENTITY}::test_bias_penalties_and_stops_side_by_side",
     ),
     Supported(
-        "repetition, presence and frequency penalties",
-        NO_SPEED_UP,
-        f"{_IDENTITY}::test_requests_that_cannot_branch_still_agree",
+        "repetition, presence and frequency penalties", WORKS, f"{_REQUESTS}[penalties]"
+    ),
+    Supported("bad words", WORKS, f"{_REQUESTS}[bad words]"),
+    Supported("thinking budgets", WORKS, f"{_REQUESTS}[thinking budget]"),
+    Supported(
+        "custom logits processors (vLLM's V2 interface)",
+        WORKS,
+        "tests/integration/test_requests.py::test_custom_logits_processors_see_chains",
     ),
     Supported("logprobs", WORKS, f"{_IDENTITY}::test_logprobs_are_those_of_the_accepted_rows"),
     Supported("prompt logprobs", WORKS, f"{_FEATURES}[prompt logprobs]"),
@@ -211,11 +216,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: (
             c.parallel_config.pipeline_parallel_size > 1 and not c.scheduler_config.async_scheduling
         ),
-    ),
-    Refusal(
-        "custom logits processors",
-        "they may read draft rows as a chain",
-        lambda c: bool(c.model_config.logits_processors),
     ),
     Refusal(
         "return_sampling_mask",

@@ -20,7 +20,7 @@ from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.rope_positions import follow_depths
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.verification_step import VerificationStep, needs_only_temperature
-from vllm_medusa.verifier import TreeVerifier, accept_limit
+from vllm_medusa.verifier import TreeVerifier
 
 
 class TreeRunnerMixin:
@@ -63,20 +63,20 @@ class TreeRunnerMixin:
         self.path_compactor = PathCompactor.for_runner(self)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """Register requests; remember which may accept drafts, and which a graph may sample."""
+        """Register requests; remember how each is verified, and which a graph may sample."""
         super().add_requests(scheduler_output)
-        if self.verification_step is not None and scheduler_output.scheduled_new_reqs:
-            self.verification_step.read_requests()
+        if self.verification_step is None or not scheduler_output.scheduled_new_reqs:
+            return
+        self.verification_step.read_requests()
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             if params is None:
                 continue
             index = self.req_states.req_id_to_index[request.req_id]
-            self.tree_batch.set_accept_limit(index, accept_limit(params))
-            if self.verification_step is not None:
-                self.verification_step.simple[index] = needs_only_temperature(
-                    self.sampler, index, params
-                )
+            self.rejection_sampler.add_request(index, params)
+            self.verification_step.simple[index] = needs_only_temperature(
+                self.sampler, index, params
+            )
 
     def prepare_attn(
         self, input_batch: InputBatch

@@ -11,11 +11,13 @@ seeded request even gets the tokens that it gets without speculation.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
@@ -27,25 +29,22 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, get_max_chunk_logits
 
 from vllm_medusa.kernels import WalkOutput, tree_walk
-from vllm_medusa.tree_batch import TreeBatch
+from vllm_medusa.path_chains import ChainRows, PathChains
+from vllm_medusa.tree_batch import UNLIMITED, TreeBatch
+
+# logit bias (with allowed tokens and min_tokens), penalties, bad words: vLLM's own.
+NUM_STOCK_PROCESSORS = 3
 
 
-def accept_limit(params: SamplingParams) -> int | None:
-    """0 for requests whose processors would read a row's history along the batch row order.
-
-    Penalties, bad words, thinking budgets and grammars look back over "the drafts
-    before this row", which in a tree are not its ancestors.  At the root there are
-    none, so such a request is verified there only: right, and as fast as plain.
-    """
-    chain_dependent = (
+def reads_history(params: SamplingParams) -> bool:
+    """Whether one of vLLM's processors looks back over the drafts before a request's row."""
+    return bool(
         params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
         or params.bad_words
-        or params.structured_outputs is not None
         or getattr(params, "thinking_token_budget", None) is not None
     )
-    return 0 if chain_dependent else None
 
 
 def walk_trees(
@@ -65,8 +64,18 @@ def walk_trees(
     ready = root_positions >= prefill_len[real]
     # vLLM's processors take the ids as they are (int32), the walk as they are drawn.
     tokens = tokens.to(drawn.dtype)
-    limits = batch.accept_limits[real] * ready
+    limits = ready.to(torch.int32) * UNLIMITED
     return tree_walk(drawn, tokens, cu_rows, batch.parents, slots, limits, out=out)
+
+
+class LogitsRows(NamedTuple):
+    """Rows of logits and what vLLM's processors are told of each."""
+
+    logits: torch.Tensor  # [num_rows, vocab_size]
+    slots: torch.Tensor  # [num_rows], request slot
+    positions: torch.Tensor  # [num_rows] int64
+    tokens: torch.Tensor  # [num_rows] int32, the row's own input token
+    local_pos: torch.Tensor  # [num_rows] int32, place among the rows of its request
 
 
 class TreeVerifier(RejectionSampler):
@@ -75,6 +84,16 @@ class TreeVerifier(RejectionSampler):
     def __init__(self, sampler: Sampler, spec_config, device, tree_batch: TreeBatch):
         super().__init__(sampler, spec_config, device)
         self.tree_batch = tree_batch
+        self.chains = PathChains(tree_batch.tree)
+        self.reads_history = np.zeros(sampler.needs_logits_processing.shape, dtype=bool)
+
+    def add_request(self, index: int, params: SamplingParams) -> None:
+        """Note how the request in slot ``index``, which the sampler knows, is verified."""
+        sampler = self.sampler
+        custom = len(sampler.logits_processors) > NUM_STOCK_PROCESSORS
+        self.reads_history[index] = reads_history(params) or (
+            custom and sampler.needs_logits_processing[index]
+        )
 
     def __call__(
         self,
@@ -134,29 +153,32 @@ class TreeVerifier(RejectionSampler):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sample every row with vLLM's own sampling parameters, in bounded chunks."""
         states = self.sampler.sampling_states
+        num_rows = np.diff(input_batch.cu_num_logits_np)
+        chained = self.reads_history[input_batch.idx_mapping_np] & (num_rows > 1)
+        sizes = self.chains.lengths(num_rows, chained) if chained.any() else num_rows
         drawn, kept = [], []
         for start, end in _request_chunks(
-            input_batch.cu_num_logits_np, get_max_chunk_logits(logits.shape[1])
+            np.concatenate([[0], np.cumsum(sizes)]), get_max_chunk_logits(logits.shape[1])
         ):
             lo, hi = (int(input_batch.cu_num_logits_np[i]) for i in (start, end))
-            slots = input_batch.expanded_idx_mapping[lo:hi]
-            processed = self.sampler.apply_sampling_params(
+            rows = LogitsRows(
                 logits[lo:hi],
-                slots,
-                input_batch.idx_mapping[start:end],
-                input_batch.idx_mapping_np[start:end],
+                input_batch.expanded_idx_mapping[lo:hi],
                 positions[lo:hi],
                 tokens[lo:hi],
                 input_batch.expanded_local_pos[lo:hi],
-                input_batch.seq_lens_cpu_upper_bound.numpy()[start:end],
             )
+            chains = None
+            if chained[start:end].any():
+                chains = self.chains.expand(num_rows[start:end], chained[start:end])
+            processed = self._process(rows, input_batch, start, end, chains)
             drawn.append(
                 gumbel_sample(
                     processed,
-                    slots,
+                    rows.slots,
                     states.temperature.gpu,
                     states.seeds.gpu,
-                    positions[lo:hi],
+                    rows.positions,
                     apply_temperature=False,
                     is_drafting=False,
                     use_fp64=self.sampler.use_fp64_gumbel,
@@ -169,6 +191,36 @@ class TreeVerifier(RejectionSampler):
         if not keep_processed:
             return all_drawn, None
         return all_drawn, kept[0] if single else torch.cat(kept)
+
+    def _process(
+        self,
+        rows: LogitsRows,
+        input_batch: InputBatch,
+        start: int,  # requests start .. end of the batch
+        end: int,
+        chains: ChainRows | None,
+    ) -> torch.Tensor:
+        """Logits after vLLM's processors and sampling parameters, one row a node."""
+        sampler, slots = self.sampler, rows.slots
+        slots_np = input_batch.idx_mapping_np[start:end]
+        if chains is not None:
+            index, local_pos, kept = (async_tensor_h2d(a, device=slots.device) for a in chains)
+            rows = LogitsRows(*(tensor[index] for tensor in rows))._replace(local_pos=local_pos)
+        processed = sampler.apply_sampling_params(
+            rows.logits,
+            rows.slots,
+            input_batch.idx_mapping[start:end],
+            slots_np,
+            rows.positions,
+            rows.tokens,
+            rows.local_pos,
+            input_batch.seq_lens_cpu_upper_bound.numpy()[start:end],
+            # Sorts the vocabulary: not for rows that stand in several chains.
+            skip_top_k_top_p=chains is not None,
+        )
+        if chains is None:
+            return processed
+        return sampler.sampling_states.apply_top_k_top_p(processed[kept], slots, slots_np)
 
     def _walk(
         self,

@@ -3,10 +3,11 @@
     python engine_series.py JOBS.json RESULTS.json
 
 JOBS: {name: job}, in order.  A job is {"engine": {LLM arguments}, "plain_v2": bool,
-"batches": [batch], "break": null | "compaction" | "rope"}; :func:`generate` says what
-a batch may hold.  With "config_only" (and perhaps "env") the
+"batches": [batch], "tokenizer": bool, "break": null | "compaction" | "rope" | "chains"};
+:func:`generate` says what a batch may hold.  With "config_only" (and perhaps "env") the
 engine's config is made and nothing else.
-RESULTS: {name: {"batches", "counters", "runner"}, or {"error": text}}.
+RESULTS: {name: {"batches", "accepted" (drafts, of each batch), "counters", "runner"}, or
+{"error": text}}.
 """
 
 from __future__ import annotations
@@ -54,11 +55,16 @@ def run(job: dict) -> tuple[dict, Any | None]:
         return {"batches": []}, None
     if job.get("break"):
         engine_job.break_something(job["break"])
-    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
-    batches = [generate(llm, batch) for batch in job["batches"]]
+    llm = LLM(**engine_job.engine_arguments(job))
+    batches, accepted = [], []
+    for batch in job["batches"]:
+        batches.append(generate(llm, batch))
+        counted = engine_job.counters(llm).get("vllm:spec_decode_num_accepted_tokens", 0)
+        accepted.append(counted - sum(accepted))
     core = llm.llm_engine.engine_core.engine_core
     runner = type(core.model_executor.driver_worker.worker.model_runner).__name__
-    return {"batches": batches, "counters": engine_job.counters(llm), "runner": runner}, llm
+    result = {"batches": batches, "counters": engine_job.counters(llm), "runner": runner}
+    return result | {"accepted": accepted}, llm
 
 
 def generate(llm: Any, batch: dict) -> list[dict]:

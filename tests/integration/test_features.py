@@ -139,7 +139,6 @@ REFUSED = {
     "fast prefill": ({"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
     "FP8 cache": ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
     "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism without async"),
-    "logits processors": ({"logits_processors": ["a:B"]}, "custom logits processors"),
     "LoRA": ({"enable_lora": True, "max_num_seqs": 4}, "LoRA adapters"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "KV connectors"),
     "KV connector": (

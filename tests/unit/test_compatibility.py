@@ -30,7 +30,6 @@ def plain_config() -> SimpleNamespace:
             is_mm_prefix_lm=False,
             hf_text_config=SimpleNamespace(),
             rswa_window=None,
-            logits_processors=None,
             return_sampling_mask=False,
         ),
         parallel_config=SimpleNamespace(
@@ -63,7 +62,6 @@ SWITCHES = {
     "KV-sharing fast prefill": ("cache_config.kv_sharing_fast_prefill", True),
     "a quantised KV cache": ("cache_config.cache_dtype", "fp8"),
     "pipeline parallelism without async scheduling": ("parallel_config.pipeline_parallel_size", 2),
-    "custom logits processors": ("model_config.logits_processors", ["a:B"]),
     "return_sampling_mask": ("model_config.return_sampling_mask", True),
 }
 

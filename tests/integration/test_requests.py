@@ -1,0 +1,141 @@
+"""What a request may ask of vLLM, beside a token tree: the tokens of plain vLLM.
+
+One engine with Medusa and one without serve all groups of requests, in one process; the
+engines with a custom logits processor are another pair.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_tokenizer
+import traffic
+
+pytestmark = pytest.mark.vllm
+
+MAX_TOKENS = 64
+# Drafts accepted per token of output: about 0.2 are, with heads fitted to free output.
+LEAST_ACCEPTED = 0.02
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "enforce_eager": True,
+    "seed": 0,
+    "max_num_seqs": 8,
+    # Small enough that prompts arrive in chunks.
+    "max_num_batched_tokens": 512,
+    "block_size": 32,
+    "num_gpu_blocks_override": 100,
+}
+# Forced to end with three tokens, so that the end is forced inside trees.
+REASONING = {"reasoning_start_str": "#", "reasoning_end_str": ";-)"}
+START = tiny_tokenizer.CHARACTERS.index("#") + 4
+
+PENALTIES = [
+    {"repetition_penalty": 1.1},
+    {"repetition_penalty": 0.8},
+    {"presence_penalty": 0.8, "frequency_penalty": 0.3},
+    {"frequency_penalty": -0.2, "repetition_penalty": 1.05},
+]
+# Words of three tokens look back over two rows; few letters so that words are met.
+LETTERS = "abcdefghijklmnop"
+BAD_WORDS = [
+    {"bad_words": ["A", "BC", "DEF"]},
+    {
+        "bad_words": [a + b + c for a in LETTERS for b in LETTERS for c in "afkp"],
+        "allowed_token_ids": [tiny_tokenizer.CHARACTERS.index(c) + 4 for c in LETTERS],
+    },
+]
+MANY_WORDS = {"VLLM_MAX_NUM_BAD_WORDS": "1024", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": "4096"}
+BUDGETS = [{"thinking_token_budget": budget} for budget in (0, 1, 7, 20)]
+NO_REPEAT = [{"extra_args": {"no_repeat": 1}}]
+GROUPS = {
+    "penalties": PENALTIES,
+    "bad words": BAD_WORDS,
+    "thinking budget": BUDGETS,
+    "all together": [{**PENALTIES[0], **BAD_WORDS[1], **BUDGETS[2]}, {}],
+}
+
+
+def batch(group: list[dict], count: int = 12) -> dict:
+    """Half of the requests greedy, half seeded, with the group's parameters in turn."""
+    base = [
+        *traffic.sampling("greedy", count // 2, MAX_TOKENS),
+        *traffic.sampling("seeded", count - count // 2, MAX_TOKENS),
+    ]
+    prompts = traffic.prompts(count, seed=4, high=64)
+    if "thinking_token_budget" in group[0]:
+        prompts = [[*ids, START, ids[0]] for ids in prompts]
+    sampling = [params | group[i % len(group)] for i, params in enumerate(base)]
+    return {"prompts": prompts, "sampling": sampling}
+
+
+def pair(name: str, job: dict, medusa: dict) -> dict[str, dict]:
+    """The job without and with Medusa, the first on vLLM's own V2 runner."""
+    engine = job["engine"] | {"speculative_config": medusa}
+    return {name: {**job, "plain_v2": True}, f"{name}, medusa": {**job, "engine": engine}}
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory) -> dict[str, str]:
+    """The tiny model with a tokenizer."""
+    directory = tmp_path_factory.mktemp("tokenized") / "model"
+    shutil.copytree(tiny["model"], directory)
+    tiny_tokenizer.write_tokenizer(Path(directory))
+    return {**tiny, "model": str(directory)}
+
+
+@pytest.fixture(scope="module")
+def results(model, run_series) -> dict[str, dict]:
+    """``history`` and ``processor``, each alone and ``, medusa``."""
+    medusa = {"method": "medusa", "model": model["heads"], "num_speculative_tokens": 40}
+    engine = {"model": model["model"], **ENGINE}
+    history = {
+        "engine": engine | {"reasoning_config": REASONING},
+        "batches": [batch(group) for group in GROUPS.values()],
+        "tokenizer": True,
+    }
+    processor = {
+        "engine": engine | {"logits_processors": ["repeat_processor:NoRepeatProcessor"]},
+        "batches": [batch(NO_REPEAT), batch([*NO_REPEAT, {}, PENALTIES[0]])],
+    }
+    jobs = pair("history", history, medusa) | pair("processor", processor, medusa)
+    # Last: what is broken stays broken until the process ends.
+    broken = jobs["history, medusa"] | {"break": "chains"}
+    return run_series(jobs | {"rows for chains, medusa": broken}, env=MANY_WORDS)
+
+
+def token_ids(result: dict) -> list:
+    assert "error" not in result, result["error"]
+    return [[request["token_ids"] for request in batch] for batch in result["batches"]]
+
+
+def count(batch: list) -> int:
+    """Tokens of a batch's output."""
+    return sum(map(len, batch))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_history_is_the_path(results, group):
+    index = list(GROUPS).index(group)
+    expected = token_ids(results["history"])[index]
+    assert token_ids(results["history, medusa"])[index] == expected
+    assert results["history, medusa"]["accepted"][index] > LEAST_ACCEPTED * count(expected)
+
+
+def test_custom_logits_processors_see_chains(results):
+    expected = token_ids(results["processor"])
+    assert token_ids(results["processor, medusa"]) == expected
+    assert min(results["processor, medusa"]["accepted"]) > LEAST_ACCEPTED * count(expected[0])
+
+
+def test_comparison_sees_rows_taken_for_a_chain(results):
+    """Siblings counted as history: what vLLM's own reading of the rows would give."""
+    pairs = zip(
+        GROUPS,
+        *(token_ids(results[name]) for name in ("rows for chains, medusa", "history")),
+        strict=True,
+    )
+    assert {group for group, found, expected in pairs if found == expected} == set()
