@@ -1,16 +1,20 @@
-"""vLLM's schedulers with statistics that mean something for a tree."""
+"""vLLM's schedulers, taught that drafts are a tree: grammar masks, statistics."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_medusa.grammar_masks import tree_masks
 
-class TreeStatsMixin:
-    """Counts drafts by depth, not by node.
+
+class TreeSchedulerMixin:
+    """Grammars follow the paths of a tree, and drafts are counted by depth, not by node.
 
     A 63-node tree offers at most `depth` tokens a step.  Counting nodes would
     report an acceptance rate of a few per cent and 63 positions, of which all but
@@ -19,11 +23,61 @@ class TreeStatsMixin:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
-        tree = vllm_config.speculative_config.token_tree
+        self._tree = tree = vllm_config.speculative_config.token_tree
         # number of nodes -> depth of the tree that this prefix of the list is
         self._depth_of_nodes = [0]
         for depth in tree.depths[1:]:
             self._depth_of_nodes.append(max(depth, self._depth_of_nodes[-1]))
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take the drafts of the next step (without async scheduling), whatever a grammar says.
+
+        vLLM would keep them up to the first that does not follow the one before it; in a
+        tree each follows its parent, and :meth:`get_grammar_bitmask` sees to the rest.
+        """
+        for request_id, tokens in zip(
+            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+        ):
+            request = self.requests.get(request_id)
+            if request is not None and not request.is_finished():
+                request.spec_token_ids = [] if request.is_prefill_chunk else tokens
+
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
+        """The same for drafts that became known after their step was scheduled."""
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        for request_id, tokens in zip(
+            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+        ):
+            if scheduled.get(request_id):
+                # A tree that the scheduler has cut, or that is longer than was drafted.
+                cut = tokens[: len(scheduled[request_id])]
+                missing = len(scheduled[request_id]) - len(cut)
+                scheduled[request_id] = cut + [-1] * missing
+        scheduler_output.num_invalid_spec_tokens = {}
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """Masks of all nodes of the requests with structured output, each along its path."""
+        if not scheduler_output.has_structured_output_requests:
+            return None
+        request_ids = [
+            request_id
+            for request_id in scheduler_output.num_scheduled_tokens
+            if (request := self.requests.get(request_id))
+            and request.use_structured_output
+            and not request.is_prefill_chunk
+        ]
+        if not request_ids:
+            return None
+        masks, acceptable = tree_masks(
+            self.structured_output_manager,
+            self._tree,
+            self.requests,
+            request_ids,
+            scheduler_output.scheduled_spec_decode_tokens,
+        )
+        return GrammarOutput(request_ids, masks, acceptable)
 
     def make_spec_decoding_stats(
         self,
@@ -45,9 +99,9 @@ class TreeStatsMixin:
         return spec_decoding_stats
 
 
-class MedusaScheduler(TreeStatsMixin, Scheduler):
+class MedusaScheduler(TreeSchedulerMixin, Scheduler):
     """``scheduler_cls`` without async scheduling."""
 
 
-class MedusaAsyncScheduler(TreeStatsMixin, AsyncScheduler):
+class MedusaAsyncScheduler(TreeSchedulerMixin, AsyncScheduler):
     """``scheduler_cls`` with async scheduling."""

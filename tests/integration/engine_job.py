@@ -3,8 +3,8 @@
     python engine_job.py JOB.json RESULT.json
 
 JOB: {"engine": {LLM arguments}, "plain_v2": bool, "batches": [{"prompts": [[ids]],
-"sampling": [{...}]}], "break": null | "compaction" | "rope" | "chains", "whole_steps": bool}.  The result
-holds token ids, logprobs, spec-decode counters and the classes that really ran.
+"sampling": [{...}]}], "break": null | "compaction" | "rope" | "chains", "whole_steps": bool}.
+The result holds token ids, logprobs, spec-decode counters and the classes that really ran.
 """
 
 from __future__ import annotations

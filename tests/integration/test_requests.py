@@ -50,6 +50,28 @@ BAD_WORDS = [
 ]
 MANY_WORDS = {"VLLM_MAX_NUM_BAD_WORDS": "1024", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": "4096"}
 BUDGETS = [{"thinking_token_budget": budget} for budget in (0, 1, 7, 20)]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "sizes": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 5},
+        "kind": {"enum": ["small", "smart", "large"]},
+    },
+    "required": ["name", "sizes", "kind"],
+    "additionalProperties": False,
+}
+EBNF = """
+root ::= term (("+" | "-" | "*") term)*
+term ::= number | "(" root ")"
+number ::= [0-9] [0-9]*
+"""
+CONSTRAINTS = {
+    "JSON schema": {"json": SCHEMA},
+    "regex": {"regex": "([a-z]+,){3}[A-Z]{2,6}(:[0-9a-f]{4}){2}"},
+    "choice": {"choice": ["yes, always", "yes, at times", "no", "never"]},
+    "grammar": {"grammar": EBNF},
+}
+BACKENDS = ("xgrammar", "guidance")
 NO_REPEAT = [{"extra_args": {"no_repeat": 1}}]
 GROUPS = {
     "penalties": PENALTIES,
@@ -102,6 +124,16 @@ def results(model, run_series) -> dict[str, dict]:
         "batches": [batch(NO_REPEAT), batch([*NO_REPEAT, {}, PENALTIES[0]])],
     }
     jobs = pair("history", history, medusa) | pair("processor", processor, medusa)
+    for backend in BACKENDS:
+        constrained = {
+            "engine": engine | {"structured_outputs_config": {"backend": backend}},
+            "batches": [
+                *(batch([{"structured_outputs": c}]) for c in CONSTRAINTS.values()),
+                batch([{}, *({"structured_outputs": c} for c in CONSTRAINTS.values())]),
+            ],
+            "tokenizer": True,
+        }
+        jobs |= pair(backend, constrained, medusa)
     # Last: what is broken stays broken until the process ends.
     broken = jobs["history, medusa"] | {"break": "chains"}
     return run_series(jobs | {"rows for chains, medusa": broken}, env=MANY_WORDS)
@@ -129,6 +161,15 @@ def test_custom_logits_processors_see_chains(results):
     expected = token_ids(results["processor"])
     assert token_ids(results["processor, medusa"]) == expected
     assert min(results["processor, medusa"]["accepted"]) > LEAST_ACCEPTED * count(expected[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("constraint", [*CONSTRAINTS, "beside free requests"])
+def test_grammar_follows_the_path(results, backend, constraint):
+    index = [*CONSTRAINTS, "beside free requests"].index(constraint)
+    expected = token_ids(results[backend])[index]
+    assert token_ids(results[f"{backend}, medusa"])[index] == expected
+    print(results[f"{backend}, medusa"]["accepted"], count(expected))
 
 
 def test_comparison_sees_rows_taken_for_a_chain(results):
