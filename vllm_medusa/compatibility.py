@@ -53,6 +53,7 @@ WORKS = "works"
 _FAMILIES = "tests/integration/test_families.py::test_family_identity"
 _FEATURES = "tests/integration/test_features.py::test_feature_identity"
 _IDENTITY = "tests/integration/test_identity.py"
+_GRAMMAR = "tests/integration/test_requests.py::test_grammar_follows_the_path"
 _REQUESTS = "tests/integration/test_requests.py::test_history_is_the_path"
 
 SUPPORTED: tuple[Supported, ...] = (
@@ -77,9 +78,7 @@ SUPPORTED: tuple[Supported, ...] = (
         WORKS,
         f"{_IDENTITY}::test_bias_penalties_and_stops_side_by_side",
     ),
-    Supported(
-        "repetition, presence and frequency penalties", WORKS, f"{_REQUESTS}[penalties]"
-    ),
+    Supported("repetition, presence and frequency penalties", WORKS, f"{_REQUESTS}[penalties]"),
     Supported("bad words", WORKS, f"{_REQUESTS}[bad words]"),
     Supported("thinking budgets", WORKS, f"{_REQUESTS}[thinking budget]"),
     Supported(
@@ -87,11 +86,27 @@ SUPPORTED: tuple[Supported, ...] = (
         WORKS,
         "tests/integration/test_requests.py::test_custom_logits_processors_see_chains",
     ),
+    Supported(
+        "structured outputs (JSON schema, regex, choice, grammar): xgrammar",
+        WORKS,
+        f"{_GRAMMAR}[xgrammar]",
+    ),
+    Supported(
+        "structured outputs (JSON schema, regex, choice, grammar): guidance",
+        WORKS,
+        f"{_GRAMMAR}[guidance]",
+    ),
+    Supported(
+        "a request's own rule, node budget or no speculation (extra_args, vllm_xargs)",
+        WORKS,
+        "tests/integration/test_requests.py::test_a_request_s_own_options",
+    ),
     Supported("logprobs", WORKS, f"{_IDENTITY}::test_logprobs_are_those_of_the_accepted_rows"),
     Supported("prompt logprobs", WORKS, f"{_FEATURES}[prompt logprobs]"),
     Supported("requests aborted in mid-stream", WORKS, f"{_FEATURES}[abort]"),
     Supported("prompts as embeddings", WORKS, f"{_FEATURES}[embeddings]"),
     Supported("W8A8 int8 weights (compressed-tensors)", WORKS, f"{_FEATURES}[int8]"),
+    Supported("LoRA adapters on the base (independent heads)", WORKS, f"{_FEATURES}[lora]"),
     Supported(
         "another engine before or after it in one process",
         WORKS,
@@ -171,11 +186,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "reference sliding windows",
         "their reference rows are counted along the batch row, where a tree has branches",
         lambda c: c.model_config.rswa_window is not None,
-    ),
-    Refusal(
-        "LoRA adapters",
-        "vLLM's V2 runner knows the adapter of one row of logits a request, a tree has several",
-        lambda c: c.lora_config is not None,
     ),
     Refusal(
         "KV connectors (offloading, disaggregated prefill)",

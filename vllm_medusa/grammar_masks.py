@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.structured_output.utils import strip_speculative_padding
 
 from vllm_medusa.path_chains import leaf_paths
 from vllm_medusa.tree import TokenTree
@@ -134,7 +135,7 @@ def tree_masks(
     -------
     masks : numpy.ndarray, [num_rows, ceil(vocab_size / 32)] int32
     acceptable : list of int
-        Per request, how many of its drafts the masks cover: all, or none of placeholders.
+        Per request, how many of its drafts the masks cover: those that are known.
     """
     scheduled = [drafts.get(request_id, []) for request_id in request_ids]
     counts = [len(tokens) + 1 for tokens in scheduled]
@@ -142,7 +143,8 @@ def tree_masks(
     acceptable, start = [], 0
     for request_id, tokens, count in zip(request_ids, scheduled, counts, strict=True):
         request = requests[request_id]
-        known = tokens if all(token >= 0 for token in tokens) else []
+        # Placeholders stand at the end: what is before them is a tree of its own.
+        known = strip_speculative_padding(tokens)
         rows = masks[start : start + count]
         rows[len(known) + 1 :].fill_(ALLOW_ALL)
         filled = GrammarTree(tree, known)

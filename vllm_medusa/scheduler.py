@@ -8,9 +8,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_medusa.grammar_masks import tree_masks
+from vllm_medusa.request_options import RequestOptions
 
 
 class TreeSchedulerMixin:
@@ -23,11 +25,35 @@ class TreeSchedulerMixin:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
-        self._tree = tree = vllm_config.speculative_config.token_tree
+        self._speculative_config = vllm_config.speculative_config
+        self._tree = tree = self._speculative_config.token_tree
+        self._node_budgets: dict[str, int] = {}  # request id -> most nodes
         # number of nodes -> depth of the tree that this prefix of the list is
         self._depth_of_nodes = [0]
         for depth in tree.depths[1:]:
             self._depth_of_nodes.append(max(depth, self._depth_of_nodes[-1]))
+
+    def add_request(self, request: Request) -> None:
+        """Remember the request's own node budget."""
+        super().add_request(request)
+        extra_args = getattr(request.sampling_params, "extra_args", None)
+        nodes = RequestOptions.of(extra_args, self._speculative_config).nodes
+        if nodes is not None:
+            self._node_budgets[request.request_id] = nodes
+
+    def _cut_to_budgets(self) -> None:
+        """Cut next drafts to the budgets of their requests: every prefix is a tree."""
+        for request_id, nodes in list(self._node_budgets.items()):
+            request = self.requests.get(request_id)
+            if request is None:
+                del self._node_budgets[request_id]
+            else:
+                request.spec_token_ids = request.spec_token_ids[:nodes]
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Async scheduling places the next drafts here, before they are known."""
+        super()._update_after_schedule(scheduler_output)
+        self._cut_to_budgets()
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Take the drafts of the next step (without async scheduling), whatever a grammar says.
@@ -41,6 +67,7 @@ class TreeSchedulerMixin:
             request = self.requests.get(request_id)
             if request is not None and not request.is_finished():
                 request.spec_token_ids = [] if request.is_prefill_chunk else tokens
+        self._cut_to_budgets()
 
     def update_draft_token_ids_in_output(
         self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput

@@ -21,7 +21,8 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_medusa.kernels import WalkOutput
-from vllm_medusa.verifier import NUM_STOCK_PROCESSORS, reads_history, walk_trees
+from vllm_medusa.row_sampling import NUM_STOCK_PROCESSORS, reads_history
+from vllm_medusa.verifier import ready_requests, walk_trees
 
 
 def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> bool:
@@ -258,8 +259,7 @@ class VerificationStep:
             runner.input_buffers.input_ids[:num_logits],
             cu_rows,
             slots,
-            positions.view(num_reqs, rows)[:, 0],
-            self.prefill_len,
+            ready_requests(slots, positions.view(num_reqs, rows)[:, 0], self.prefill_len),
             out._replace(tokens=tokens, num_sampled=counts[0]),
         )
 

@@ -30,6 +30,22 @@ def use_plain_v2(engine: dict) -> None:
     engine["worker_cls"] = "plain_v2_worker.PlainV2CPUWorker"
 
 
+def set_async_scheduling(wanted: bool) -> None:
+    """Keep, or no longer keep, vLLM's CPU platform from switching async scheduling off."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = getattr(CpuPlatform, "_original_check", CpuPlatform.check_and_update_config)
+    CpuPlatform._original_check = original
+
+    def check_and_update_config(cls, vllm_config):
+        original(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = (
+        classmethod(check_and_update_config) if wanted else original
+    )
+
+
 def record_launches() -> dict[str, list]:
     """From now on note the dtypes of every kernel launch: kernel -> argument -> dtypes."""
     import torch

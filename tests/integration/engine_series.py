@@ -3,11 +3,11 @@
     python engine_series.py JOBS.json RESULTS.json
 
 JOBS: {name: job}, in order.  A job is {"engine": {LLM arguments}, "plain_v2": bool,
-"batches": [batch], "tokenizer": bool, "break": null | "compaction" | "rope" | "chains"};
-:func:`generate` says what a batch may hold.  With "config_only" (and perhaps "env") the
+"batches": [batch], "tokenizer": bool, "async": bool, "break": null | "compaction" | "rope" |
+"chains"}; :func:`generate` says what a batch may hold.  With "config_only" (and perhaps "env") the
 engine's config is made and nothing else.
-RESULTS: {name: {"batches", "accepted" (drafts, of each batch), "counters", "runner"}, or
-{"error": text}}.
+RESULTS: {name: {"batches", "accepted" (drafts, of each batch), "counters", "runner",
+"scheduler"}, or {"error": text}}.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def run(job: dict) -> tuple[dict, Any | None]:
     os.environ.update(job.get("env", {}))
     from vllm import LLM, EngineArgs
 
+    engine_job.set_async_scheduling(bool(job.get("async")))
     if job.get("config_only"):
         EngineArgs(skip_tokenizer_init=True, **engine).create_engine_config()
         return {"batches": []}, None
@@ -63,18 +64,23 @@ def run(job: dict) -> tuple[dict, Any | None]:
         accepted.append(counted - sum(accepted))
     core = llm.llm_engine.engine_core.engine_core
     runner = type(core.model_executor.driver_worker.worker.model_runner).__name__
+    scheduler = type(core.scheduler).__name__
     result = {"batches": batches, "counters": engine_job.counters(llm), "runner": runner}
-    return result | {"accepted": accepted}, llm
+    return result | {"accepted": accepted, "scheduler": scheduler}, llm
 
 
 def generate(llm: Any, batch: dict) -> list[dict]:
     """One batch's outputs.
 
     Besides "prompts" and "sampling", a batch may name an "embeddings" tensor file (prompts
-    become embeddings), or requests to "abort" [indices] once their output has "abort_after"
-    tokens.
+    become embeddings), LoRA "adapters" [directory or null] that the requests use in turn, or
+    requests to "abort" [indices] once their output has "abort_after" tokens.  Of a batch that
+    is "refused" each request is tried alone, and its error returned.
     """
     from vllm import SamplingParams
+
+    if batch.get("refused"):
+        return [{"error": _error(llm, batch["prompts"][0], p)} for p in batch["sampling"]]
 
     prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
     if "embeddings" in batch:
@@ -86,7 +92,10 @@ def generate(llm: Any, batch: dict) -> list[dict]:
     if "abort" in batch:
         outputs = generate_and_abort(llm, prompts, params, batch["abort"], batch["abort_after"])
     else:
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        requests = (
+            adapter_requests(batch["adapters"], len(prompts)) if "adapters" in batch else None
+        )
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=requests)
     return [
         {
             "token_ids": list(output.outputs[0].token_ids),
@@ -95,6 +104,25 @@ def generate(llm: Any, batch: dict) -> list[dict]:
         }
         for output in outputs
     ]
+
+
+def adapter_requests(directories: list[str | None], count: int) -> list:
+    """LoRA requests of ``count`` requests, null without an adapter."""
+    from vllm.lora.request import LoRARequest
+
+    made = [path and LoRARequest(path, i + 1, path) for i, path in enumerate(directories)]
+    return [made[index % len(made)] for index in range(count)]
+
+
+def _error(llm: Any, prompt: list[int], fields: dict) -> str:
+    from vllm import SamplingParams
+
+    params = engine_job.sampling_params(SamplingParams, fields)
+    try:
+        llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def generate_and_abort(

@@ -6,9 +6,12 @@ engines with a custom logits processor are another pair.
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
 import tiny_tokenizer
 import traffic
@@ -60,6 +63,7 @@ SCHEMA = {
     "required": ["name", "sizes", "kind"],
     "additionalProperties": False,
 }
+UNTIL_EOS = {"ignore_eos": False}
 EBNF = """
 root ::= term (("+" | "-" | "*") term)*
 term ::= number | "(" root ")"
@@ -71,7 +75,23 @@ CONSTRAINTS = {
     "choice": {"choice": ["yes, always", "yes, at times", "no", "never"]},
     "grammar": {"grammar": EBNF},
 }
+CONSTRAINED = [*CONSTRAINTS, "after the end", "beside free requests"]
+VALID = {
+    "JSON schema": lambda text: jsonschema.validate(json.loads(text), SCHEMA),
+    "regex": lambda text: _holds(re.fullmatch(CONSTRAINTS["regex"]["regex"], text)),
+    "choice": lambda text: _holds(text in CONSTRAINTS["choice"]["choice"]),
+    "grammar": lambda text: _holds(isinstance(eval(_without_zeros(text)), int)),
+}
 BACKENDS = ("xgrammar", "guidance")
+OPTIONS = [{"extra_args": {"medusa_nodes": nodes}} for nodes in (0, 1, 5, 63)] + [{}]
+TYPICAL = {"extra_args": {"medusa_acceptance": "typical", "medusa_typical_epsilon": 0.3}}
+# extra_args -> what the refusal names
+WRONG = {
+    "medusa_node": 3,
+    "medusa_nodes": -1,
+    "medusa_acceptance": "sloppy",
+    "medusa_typical_epsilon": 0.1,
+}
 NO_REPEAT = [{"extra_args": {"no_repeat": 1}}]
 GROUPS = {
     "penalties": PENALTIES,
@@ -79,6 +99,15 @@ GROUPS = {
     "thinking budget": BUDGETS,
     "all together": [{**PENALTIES[0], **BAD_WORDS[1], **BUDGETS[2]}, {}],
 }
+
+
+def _holds(condition: object) -> None:
+    assert condition
+
+
+def _without_zeros(expression: str) -> str:
+    """Python reads no number that begins with 0."""
+    return re.sub(r"\b0+(?=[0-9])", "", expression)
 
 
 def batch(group: list[dict], count: int = 12) -> dict:
@@ -128,12 +157,36 @@ def results(model, run_series) -> dict[str, dict]:
         constrained = {
             "engine": engine | {"structured_outputs_config": {"backend": backend}},
             "batches": [
-                *(batch([{"structured_outputs": c}]) for c in CONSTRAINTS.values()),
+                *(batch([{"structured_outputs": c} | UNTIL_EOS]) for c in CONSTRAINTS.values()),
+                # What follows the end of a grammar is free.
+                batch([{"structured_outputs": CONSTRAINTS["choice"]}]),
                 batch([{}, *({"structured_outputs": c} for c in CONSTRAINTS.values())]),
             ],
             "tokenizer": True,
         }
         jobs |= pair(backend, constrained, medusa)
+    asynchronous = jobs["xgrammar, medusa"]
+    asynchronous["batches"] = [*asynchronous["batches"], batch(OPTIONS), batch(PENALTIES)]
+    jobs["async, medusa"] = asynchronous | {"async": True}
+    jobs["typical, medusa"] = {
+        "engine": engine | {"speculative_config": medusa | {"acceptance": "typical"}},
+        "batches": [batch([{}]), batch([{"extra_args": {"medusa_acceptance": "exact"}}])],
+    }
+    jobs["options, medusa"] = {
+        "engine": engine | {"speculative_config": medusa},
+        "batches": [
+            batch([{}]),
+            batch([{"extra_args": {"medusa_nodes": 0}}]),
+            batch(OPTIONS),
+            batch([TYPICAL, {}]),
+            {
+                "prompts": [[5]],
+                "sampling": [{"extra_args": {key: value}} for key, value in WRONG.items()],
+                "refused": True,
+            },
+        ],
+    }
+    jobs["free"] = {"engine": engine, "batches": [batch([{}])], "plain_v2": True}
     # Last: what is broken stays broken until the process ends.
     broken = jobs["history, medusa"] | {"break": "chains"}
     return run_series(jobs | {"rows for chains, medusa": broken}, env=MANY_WORDS)
@@ -164,12 +217,73 @@ def test_custom_logits_processors_see_chains(results):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("constraint", [*CONSTRAINTS, "beside free requests"])
+@pytest.mark.parametrize("constraint", CONSTRAINED)
 def test_grammar_follows_the_path(results, backend, constraint):
-    index = [*CONSTRAINTS, "beside free requests"].index(constraint)
+    index = CONSTRAINED.index(constraint)
     expected = token_ids(results[backend])[index]
     assert token_ids(results[f"{backend}, medusa"])[index] == expected
-    print(results[f"{backend}, medusa"]["accepted"], count(expected))
+    accepted = results[f"{backend}, medusa"]["accepted"]
+    # Some answers are over before a draft can be right.
+    assert accepted[index] > 0 or constraint == "choice"
+    assert sum(accepted) > LEAST_ACCEPTED * sum(map(count, token_ids(results[backend])))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constrained_output_is_valid(results, backend):
+    outputs = results[f"{backend}, medusa"]["batches"]
+    finished = 0
+    for constraint, requests in zip(CONSTRAINED[:-2], outputs, strict=False):
+        for request in requests:
+            text = tiny_tokenizer.text(request["token_ids"])
+            if request["finish"] == "stop":
+                finished += 1
+                VALID[constraint](text)
+    assert finished > 10
+
+
+def test_async_scheduling_learns_drafts_before_the_masks(results):
+    found, expected = results["async, medusa"], results["xgrammar, medusa"]
+    assert found["scheduler"] == "MedusaAsyncScheduler"
+    assert expected["scheduler"] == "MedusaScheduler"
+    assert token_ids(found) == token_ids(expected)
+    for one, other in zip(found["accepted"], expected["accepted"], strict=True):
+        assert one > 0 and abs(one - other) <= max(20, 0.3 * other)
+
+
+def test_a_request_s_own_options(results):
+    expected = token_ids(results["free"])[0]
+    found = token_ids(
+        {**results["options, medusa"], "batches": results["options, medusa"]["batches"][:4]}
+    )
+    free, off, cut, _ = results["options, medusa"]["accepted"][:4]
+    assert found[:3] == [expected] * 3
+    assert off == 0
+    assert 0 < cut < free
+
+
+def test_typical_acceptance_beside_exact(results):
+    """Greedy requests are exact under either rule, and so is a request that asks for it."""
+    expected = token_ids(results["free"])[0]
+    greedy = len(expected) // 2
+    mixed = [r["token_ids"] for r in results["options, medusa"]["batches"][3]]
+    assert mixed[:greedy] == expected[:greedy]
+    # Every other request is typical, from the first on.
+    assert mixed[greedy + 1 :: 2] == expected[greedy + 1 :: 2]
+    assert mixed[greedy::2] != expected[greedy::2]
+
+    typical, exact = token_ids(results["typical, medusa"])
+    assert typical[:greedy] == expected[:greedy]
+    assert typical[greedy:] != expected[greedy:]
+    assert exact == expected
+    accepted = results["typical, medusa"]["accepted"]
+    assert accepted[0] > accepted[1] > 0
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_wrong_options_are_refused_with_the_request(results, key):
+    errors = [r["error"] for r in results["options, medusa"]["batches"][4]]
+    error = errors[list(WRONG).index(key)]
+    assert error.startswith("VLLMValidationError") and key in error and "\n" not in error
 
 
 def test_comparison_sees_rows_taken_for_a_chain(results):

@@ -13,6 +13,12 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 CHARACTERS = [chr(code) for code in range(0x21, 0x7F) if chr(code) not in "`~"]
 
 
+def text(token_ids: list[int]) -> str:
+    """What the ids spell; special tokens spell nothing."""
+    spelled = [*[""] * len(SPECIAL), " ", *CHARACTERS]
+    return "".join(spelled[token] for token in token_ids)
+
+
 def write_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """Save a byte-level BPE without merges: 3 special tokens, space and 92 characters."""
     tokens = [*SPECIAL, "\u0120", *CHARACTERS]
