@@ -102,6 +102,11 @@ SUPPORTED: tuple[Supported, ...] = (
         "tests/integration/test_requests.py::test_a_request_s_own_options",
     ),
     Supported("logprobs", WORKS, f"{_IDENTITY}::test_logprobs_are_those_of_the_accepted_rows"),
+    Supported(
+        "logprobs of named tokens (logprob_token_ids)",
+        WORKS,
+        "tests/integration/test_requests.py::test_logprobs_of_named_tokens",
+    ),
     Supported("prompt logprobs", WORKS, f"{_FEATURES}[prompt logprobs]"),
     Supported("requests aborted in mid-stream", WORKS, f"{_FEATURES}[abort]"),
     Supported("prompts as embeddings", WORKS, f"{_FEATURES}[embeddings]"),

@@ -84,6 +84,7 @@ class GrammarTree:
             From :meth:`constraints`.
         """
         masks.fill_(ALLOW_ALL)
+        words = masks.numpy()
 
         def visit(row: int) -> None:
             if grammar.is_terminated():
@@ -95,7 +96,7 @@ class GrammarTree:
                 token = self.tokens[child]
                 if not fed[child]:
                     visit(child)
-                elif self._allowed(grammar, masks, row, token, masked[row]) and (
+                elif _allowed(grammar, words[row] if masked[row] else None, token) and (
                     grammar.accept_tokens(request_id, [token])
                 ):
                     visit(child)
@@ -103,11 +104,12 @@ class GrammarTree:
 
         visit(0)
 
-    @staticmethod
-    def _allowed(grammar: Any, masks: torch.Tensor, row: int, token: int, masked: bool) -> bool:
-        if masked:
-            return bool(masks[row, token // 32].item() >> (token % 32) & 1)
+
+def _allowed(grammar: Any, mask: np.ndarray | None, token: int) -> bool:
+    """Whether the grammar takes the token next; its mask knows, where there is one."""
+    if mask is None:
         return bool(grammar.validate_tokens([token]))
+    return bool(mask[token // 32] >> (token % 32) & 1)
 
 
 def tree_masks(

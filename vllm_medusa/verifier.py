@@ -19,7 +19,6 @@ from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_medusa.kernels import WalkOutput, tree_walk
@@ -97,9 +96,9 @@ class TreeVerifier(RejectionSampler):
         if invalid_drafts is not None:
             tokens = tokens.masked_fill(invalid_drafts, -1)
 
-        num_logprobs = self.sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np)
+        wanted = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         keep_processed = (
-            num_logprobs != NO_LOGPROBS and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+            wanted is not None and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         )
         rows = self.row_sampler.draw(logits, input_batch, positions, tokens, keep_processed)
         drawn, out = self._walk(rows, tokens, positions, input_batch)
@@ -107,7 +106,7 @@ class TreeVerifier(RejectionSampler):
             rows.processed if keep_processed else logits,
             drawn,
             out.flat_rows,
-            num_logprobs,
+            wanted,
             input_batch,
         )
         num_sampled, num_rejected = get_num_sampled_and_rejected(
@@ -153,18 +152,23 @@ class TreeVerifier(RejectionSampler):
         logits: torch.Tensor,
         drawn: torch.Tensor,
         flat_rows: torch.Tensor,  # [num_logits] int64, accepted rows first in each segment
-        num_logprobs: int,
+        wanted: tuple[int, int] | None,  # most likely tokens, and tokens that a request names
         input_batch: InputBatch,
     ) -> LogprobsTensors | None:
         """Log probabilities of the rows that became output, where the scheduler looks for them."""
-        if num_logprobs == NO_LOGPROBS:
+        if wanted is None:
             return None
+        num_logprobs, num_named = wanted
         expanded = logits.shape[0] != input_batch.num_reqs
         return compute_topk_scores(
             logits[flat_rows],
             num_logprobs,
             drawn[flat_rows],
             input_batch.cu_num_logits_np.tolist() if expanded else None,
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            # Rows change places within their request only.
+            expanded_idx_mapping=input_batch.expanded_idx_mapping,
+            max_per_req_token_ids=num_named,
             logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )
 

@@ -99,6 +99,7 @@ def generate(llm: Any, batch: dict) -> list[dict]:
     return [
         {
             "token_ids": list(output.outputs[0].token_ids),
+            "logprobs": engine_job.logprob_rows(output.outputs[0].logprobs),
             "prompt_logprobs": engine_job.logprob_rows(output.prompt_logprobs),
             "finish": output.outputs[0].finish_reason,
         }

@@ -92,6 +92,9 @@ WRONG = {
     "medusa_acceptance": "sloppy",
     "medusa_typical_epsilon": 0.1,
 }
+LOGPROBS = [{"logprobs": 2}, {"logprob_token_ids": [5, 40, 77]}, {}]
+# float32 log-softmax of one vocabulary, summed in another order.
+LOGPROB_TOLERANCE = 2e-4
 NO_REPEAT = [{"extra_args": {"no_repeat": 1}}]
 GROUPS = {
     "penalties": PENALTIES,
@@ -179,6 +182,7 @@ def results(model, run_series) -> dict[str, dict]:
             batch([{"extra_args": {"medusa_nodes": 0}}]),
             batch(OPTIONS),
             batch([TYPICAL, {}]),
+            batch(LOGPROBS),
             {
                 "prompts": [[5]],
                 "sampling": [{"extra_args": {key: value}} for key, value in WRONG.items()],
@@ -186,7 +190,11 @@ def results(model, run_series) -> dict[str, dict]:
             },
         ],
     }
-    jobs["free"] = {"engine": engine, "batches": [batch([{}])], "plain_v2": True}
+    jobs["free"] = {
+        "engine": engine,
+        "batches": [batch([{}]), batch(LOGPROBS)],
+        "plain_v2": True,
+    }
     # Last: what is broken stays broken until the process ends.
     broken = jobs["history, medusa"] | {"break": "chains"}
     return run_series(jobs | {"rows for chains, medusa": broken}, env=MANY_WORDS)
@@ -261,6 +269,17 @@ def test_a_request_s_own_options(results):
     assert 0 < cut < free
 
 
+def test_logprobs_of_named_tokens(results):
+    found = results["options, medusa"]["batches"][4]
+    for ours, plain in zip(found, results["free"]["batches"][1], strict=True):
+        assert ours["token_ids"] == plain["token_ids"]
+        assert (ours["logprobs"] is None) == (plain["logprobs"] is None)
+        for left, right in zip(ours["logprobs"] or [], plain["logprobs"] or [], strict=True):
+            assert [(token, rank) for token, _, rank in left] == [(t, r) for t, _, r in right]
+            for (_, x, _), (_, y, _) in zip(left, right, strict=True):
+                assert abs(x - y) < LOGPROB_TOLERANCE
+
+
 def test_typical_acceptance_beside_exact(results):
     """Greedy requests are exact under either rule, and so is a request that asks for it."""
     expected = token_ids(results["free"])[0]
@@ -281,7 +300,7 @@ def test_typical_acceptance_beside_exact(results):
 
 @pytest.mark.parametrize("key", WRONG)
 def test_wrong_options_are_refused_with_the_request(results, key):
-    errors = [r["error"] for r in results["options, medusa"]["batches"][4]]
+    errors = [r["error"] for r in results["options, medusa"]["batches"][5]]
     error = errors[list(WRONG).index(key)]
     assert error.startswith("VLLMValidationError") and key in error and "\n" not in error
 
