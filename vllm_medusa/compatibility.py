@@ -84,7 +84,7 @@ SUPPORTED: tuple[Supported, ...] = (
     Supported(
         "custom logits processors (vLLM's V2 interface)",
         WORKS,
-        "tests/integration/test_requests.py::test_custom_logits_processors_see_chains",
+        "tests/integration/test_requests.py::test_custom_logits_processors_see_chains[alone]",
     ),
     Supported(
         "structured outputs (JSON schema, regex, choice, grammar): xgrammar",
@@ -97,9 +97,14 @@ SUPPORTED: tuple[Supported, ...] = (
         f"{_GRAMMAR}[guidance]",
     ),
     Supported(
+        "typical acceptance, of the server or of a request",
+        "works; lossless only for greedy requests",
+        "tests/integration/test_requests.py::test_typical_acceptance_beside_exact",
+    ),
+    Supported(
         "a request's own rule, node budget or no speculation (extra_args, vllm_xargs)",
         WORKS,
-        "tests/integration/test_requests.py::test_a_request_s_own_options",
+        "tests/integration/test_requests.py::test_a_request_s_own_options[budgets]",
     ),
     Supported("logprobs", WORKS, f"{_IDENTITY}::test_logprobs_are_those_of_the_accepted_rows"),
     Supported(

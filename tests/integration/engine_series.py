@@ -73,7 +73,7 @@ def generate(llm: Any, batch: dict) -> list[dict]:
     """One batch's outputs.
 
     Besides "prompts" and "sampling", a batch may name an "embeddings" tensor file (prompts
-    become embeddings), LoRA "adapters" [directory or null] that the requests use in turn, or
+    become embeddings), LoRA "adapters" [directory] that the requests use in turn, or
     requests to "abort" [indices] once their output has "abort_after" tokens.  Of a batch that
     is "refused" each request is tried alone, and its error returned.
     """
@@ -107,11 +107,11 @@ def generate(llm: Any, batch: dict) -> list[dict]:
     ]
 
 
-def adapter_requests(directories: list[str | None], count: int) -> list:
-    """LoRA requests of ``count`` requests, null without an adapter."""
+def adapter_requests(directories: list[str], count: int) -> list:
+    """LoRA requests of ``count`` requests."""
     from vllm.lora.request import LoRARequest
 
-    made = [path and LoRARequest(path, i + 1, path) for i, path in enumerate(directories)]
+    made = [LoRARequest(path, i + 1, path) for i, path in enumerate(directories)]
     return [made[index % len(made)] for index in range(count)]
 
 
