@@ -97,6 +97,11 @@ SUPPORTED: tuple[Supported, ...] = (
         f"{_GRAMMAR}[guidance]",
     ),
     Supported(
+        "per_request_spec_decode_metrics (by depth, not by node)",
+        WORKS,
+        "tests/integration/test_requests.py::test_metrics_of_a_request_count_depth",
+    ),
+    Supported(
         "typical acceptance, of the server or of a request",
         "works; lossless only for greedy requests",
         "tests/integration/test_requests.py::test_typical_acceptance_beside_exact",

@@ -7,7 +7,8 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
@@ -34,8 +35,10 @@ class TreeSchedulerMixin:
             self._depth_of_nodes.append(max(depth, self._depth_of_nodes[-1]))
 
     def add_request(self, request: Request) -> None:
-        """Remember the request's own node budget."""
+        """Remember the request's own node budget; count its acceptance by depth."""
         super().add_request(request)
+        if request.spec_decode_metrics is not None:
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._depth_of_nodes[-1])
         extra_args = getattr(request.sampling_params, "extra_args", None)
         nodes = RequestOptions.of(extra_args, self._speculative_config).nodes
         if nodes is not None:
@@ -105,6 +108,17 @@ class TreeSchedulerMixin:
             scheduler_output.scheduled_spec_decode_tokens,
         )
         return GrammarOutput(request_ids, masks, acceptable)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        """vLLM's own; per-request metrics are told to leave out what depth does not count."""
+        if self.spec_decode_metrics_level != "none":
+            scheduler_output.num_invalid_spec_tokens = {
+                request_id: len(tokens) - self._depth_of_nodes[len(tokens)]
+                for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
+            }
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_spec_decoding_stats(
         self,

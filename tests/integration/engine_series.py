@@ -102,6 +102,7 @@ def generate(llm: Any, batch: dict) -> list[dict]:
             "logprobs": engine_job.logprob_rows(output.outputs[0].logprobs),
             "prompt_logprobs": engine_job.logprob_rows(output.prompt_logprobs),
             "finish": output.outputs[0].finish_reason,
+            "metrics": (m := output.outputs[0].spec_decode_metrics) and m.to_dict(),
         }
         for output in outputs
     ]

@@ -167,7 +167,8 @@ def engine_jobs(model: dict[str, str]) -> dict[str, dict]:
         jobs[f"{name}, medusa"] = job(engine, {**batches, **(more or {})}, **options)
 
     history = {name: batch(group) for name, group in GROUPS.items()}
-    pair("history", {"reasoning_config": REASONING}, history, MORE, tokenizer=True)
+    options = {"reasoning_config": REASONING, "per_request_spec_decode_metrics": "summary"}
+    pair("history", options, history, MORE, tokenizer=True)
     processors = {"logits_processors": ["repeat_processor:NoRepeatProcessor"]}
     pair("processor", processors, {"alone": batch(NO_REPEAT), "beside others": batch(BESIDE)})
     for backend in BACKENDS:
@@ -261,6 +262,18 @@ def test_a_request_s_own_options(results, name):
         assert medusa["accepted"]["off"] == 0
     else:
         assert 0 < medusa["accepted"]["budgets"] < medusa["accepted"]["free"]
+
+
+def test_metrics_of_a_request_count_depth(results):
+    medusa = results["history, medusa"]
+    metrics = [request["metrics"] for request in medusa["requests"]["free"]]
+    accepted = sum(m["num_accepted_draft_tokens"] for m in metrics)
+    assert accepted == medusa["accepted"]["free"]
+    for m in metrics:
+        assert m["num_spec_tokens"] == 3 and len(m["acceptance_histogram"]) == 4
+        assert m["num_accepted_draft_tokens"] <= m["num_draft_tokens"] <= 3 * m["num_spec_steps"]
+    off = [request["metrics"] for request in medusa["requests"]["off"]]
+    assert sum(m["num_accepted_draft_tokens"] for m in off) == 0
 
 
 def test_logprobs_of_named_tokens(results):
