@@ -163,12 +163,13 @@ def engine_jobs(model: dict[str, str]) -> dict[str, dict]:
     def pair(name: str, engine: dict, batches: dict, more: dict | None = None, **options) -> None:
         """An engine without Medusa, and one with it that serves a few batches more."""
         jobs[name] = job(plain | engine, batches, plain_v2=True, **options)
-        engine = plain | engine | {"speculative_config": medusa}
+        # vLLM takes this option only with speculation.
+        metrics = {"per_request_spec_decode_metrics": "summary"}
+        engine = plain | engine | metrics | {"speculative_config": medusa}
         jobs[f"{name}, medusa"] = job(engine, {**batches, **(more or {})}, **options)
 
     history = {name: batch(group) for name, group in GROUPS.items()}
-    options = {"reasoning_config": REASONING, "per_request_spec_decode_metrics": "summary"}
-    pair("history", options, history, MORE, tokenizer=True)
+    pair("history", {"reasoning_config": REASONING}, history, MORE, tokenizer=True)
     processors = {"logits_processors": ["repeat_processor:NoRepeatProcessor"]}
     pair("processor", processors, {"alone": batch(NO_REPEAT), "beside others": batch(BESIDE)})
     for backend in BACKENDS:
