@@ -49,11 +49,12 @@ class Supported:
 
 
 WORKS = "works"
-NO_SPEED_UP = "works, without speed-up: such a request accepts no drafts"
 
 _FAMILIES = "tests/integration/test_families.py::test_family_identity"
 _FEATURES = "tests/integration/test_features.py::test_feature_identity"
 _IDENTITY = "tests/integration/test_identity.py"
+_GRAMMAR = "tests/integration/test_requests.py::test_grammar_follows_the_path"
+_REQUESTS = "tests/integration/test_requests.py::test_history_is_the_path"
 
 SUPPORTED: tuple[Supported, ...] = (
     Supported("greedy decoding", WORKS, f"{_IDENTITY}::test_greedy_equals_stock_v1_runner"),
@@ -75,18 +76,52 @@ SUPPORTED: tuple[Supported, ...] = (
     Supported(
         "logit bias, allowed tokens, min tokens",
         WORKS,
-        f"{_IDENTITY}::test_requests_that_cannot_branch_still_agree",
+        f"{_IDENTITY}::test_bias_penalties_and_stops_side_by_side",
+    ),
+    Supported("repetition, presence and frequency penalties", WORKS, f"{_REQUESTS}[penalties]"),
+    Supported("bad words", WORKS, f"{_REQUESTS}[bad words]"),
+    Supported("thinking budgets", WORKS, f"{_REQUESTS}[thinking budget]"),
+    Supported(
+        "custom logits processors (vLLM's V2 interface)",
+        WORKS,
+        "tests/integration/test_requests.py::test_custom_logits_processors_see_chains[alone]",
     ),
     Supported(
-        "repetition, presence and frequency penalties",
-        NO_SPEED_UP,
-        f"{_IDENTITY}::test_requests_that_cannot_branch_still_agree",
+        "structured outputs (JSON schema, regex, choice, grammar): xgrammar",
+        WORKS,
+        f"{_GRAMMAR}[xgrammar]",
+    ),
+    Supported(
+        "structured outputs (JSON schema, regex, choice, grammar): guidance",
+        WORKS,
+        f"{_GRAMMAR}[guidance]",
+    ),
+    Supported(
+        "per_request_spec_decode_metrics (by depth, not by node)",
+        WORKS,
+        "tests/integration/test_requests.py::test_metrics_of_a_request_count_depth",
+    ),
+    Supported(
+        "typical acceptance, of the server or of a request",
+        "works; lossless only for greedy requests",
+        "tests/integration/test_requests.py::test_typical_acceptance_beside_exact",
+    ),
+    Supported(
+        "a request's own rule, node budget or no speculation (extra_args, vllm_xargs)",
+        WORKS,
+        "tests/integration/test_requests.py::test_a_request_s_own_options[budgets]",
     ),
     Supported("logprobs", WORKS, f"{_IDENTITY}::test_logprobs_are_those_of_the_accepted_rows"),
+    Supported(
+        "logprobs of named tokens (logprob_token_ids)",
+        WORKS,
+        "tests/integration/test_requests.py::test_logprobs_of_named_tokens",
+    ),
     Supported("prompt logprobs", WORKS, f"{_FEATURES}[prompt logprobs]"),
     Supported("requests aborted in mid-stream", WORKS, f"{_FEATURES}[abort]"),
     Supported("prompts as embeddings", WORKS, f"{_FEATURES}[embeddings]"),
     Supported("W8A8 int8 weights (compressed-tensors)", WORKS, f"{_FEATURES}[int8]"),
+    Supported("LoRA adapters on the base (independent heads)", WORKS, f"{_FEATURES}[lora]"),
     Supported(
         "another engine before or after it in one process",
         WORKS,
@@ -168,11 +203,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.model_config.rswa_window is not None,
     ),
     Refusal(
-        "LoRA adapters",
-        "vLLM's V2 runner knows the adapter of one row of logits a request, a tree has several",
-        lambda c: c.lora_config is not None,
-    ),
-    Refusal(
         "KV connectors (offloading, disaggregated prefill)",
         "they copy cache blocks before the accepted rows have moved to their places",
         lambda c: c.kv_transfer_config is not None,
@@ -211,11 +241,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: (
             c.parallel_config.pipeline_parallel_size > 1 and not c.scheduler_config.async_scheduling
         ),
-    ),
-    Refusal(
-        "custom logits processors",
-        "they may read draft rows as a chain",
-        lambda c: bool(c.model_config.logits_processors),
     ),
     Refusal(
         "return_sampling_mask",

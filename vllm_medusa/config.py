@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,6 +22,11 @@ DEFAULT_NODE_BUDGET = {"cuda": MAX_TREE_NODES, "cpu": 8}
 # bf16 products cost more than the weights' way through memory (8B shape). Batches share
 # them, so the tree of a request is cut as the batch grows. None: no cut.
 ROW_BUDGET = {"cuda": 256, "cpu": None}
+
+# Exact: the output's distribution is the model's own.  Typical: the paper's section 2.3.1,
+# with its defaults (delta is the square root of epsilon).
+ACCEPTANCE_RULES = ("exact", "typical")
+TYPICAL_EPSILON = 0.09
 
 # Used when the checkpoint directory brings no tree.json of its own.
 DEFAULT_TREE = "mc_sim_7b_63"
@@ -47,6 +53,12 @@ class MedusaOptions:
         Use only the first heads; None uses all in the file.
     revision : str or None
         Hub revision of ``model``.
+    acceptance : str
+        Rule of requests that name none: ``exact`` or ``typical``.
+    typical_epsilon : float
+        Probability that always suffices under typical acceptance.
+    typical_delta : float or None
+        Factor of ``exp(-entropy)`` there; None takes the square root of epsilon.
     """
 
     model: str
@@ -55,6 +67,9 @@ class MedusaOptions:
     tree: str | list | None = None
     num_heads: int | None = None
     revision: str | None = None
+    acceptance: str = ACCEPTANCE_RULES[0]
+    typical_epsilon: float = TYPICAL_EPSILON
+    typical_delta: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -74,6 +89,7 @@ class MedusaOptions:
             isinstance(self.num_heads, int) and self.num_heads >= 1
         ):
             raise ValueError(f"medusa: num_heads={self.num_heads!r} must be a positive integer")
+        check_acceptance(self.acceptance, self.typical_epsilon, self.typical_delta, "medusa: ")
 
     @property
     def location(self) -> str:
@@ -102,10 +118,43 @@ class MedusaOptions:
             )
         if given.get("model") is None:
             raise ValueError(
-                "medusa: speculative_config names no heads; add \"model\": "
-                "\"<directory, .safetensors file or hub id>\""
+                'medusa: speculative_config names no heads; add "model": '
+                '"<directory, .safetensors file or hub id>"'
             )
         return cls(**given)
+
+
+def check_acceptance(
+    acceptance: Any, epsilon: Any, delta: Any, prefix: str = ""
+) -> tuple[float, float]:
+    """Epsilon and delta of an acceptance rule; a delta of None is the square root of epsilon.
+
+    Raises
+    ------
+    ValueError
+        On an unknown rule or an impossible value; ``prefix`` stands before its name.
+    """
+    if acceptance not in ACCEPTANCE_RULES:
+        raise ValueError(
+            f"{prefix}acceptance={acceptance!r} must be one of {', '.join(ACCEPTANCE_RULES)}"
+        )
+
+    def number(name: str, value: Any, highest: float) -> float:
+        # bool is an int to Python; NaN fails the comparison.
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            value_ok = False
+        else:
+            value_ok = 0 < value <= highest
+        if not value_ok:
+            raise ValueError(
+                f"{prefix}{name}={value!r} must be a number above 0 and at most {highest:g}"
+            )
+        return float(value)
+
+    epsilon = number("typical_epsilon", epsilon, 1.0)
+    if delta is None:
+        return epsilon, math.sqrt(epsilon)
+    return epsilon, number("typical_delta", delta, 1e6)
 
 
 def default_schedule(num_nodes: int, row_budget: int | None) -> list[tuple[int, int, int]] | None:

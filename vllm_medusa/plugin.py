@@ -27,11 +27,13 @@ def register() -> None:
         )
         return
     from vllm_medusa import front_end
+    from vllm_medusa.request_options import RequestOptions
     from vllm_medusa.speculative_config import is_medusa
 
     vllm_seams.install_keyword(front_end.merge_speculative_model)
     vllm_seams.install_front_end(front_end)
     vllm_seams.install_config_gates(is_medusa)
+    vllm_seams.install_request_gate(is_medusa, RequestOptions.of)
 
 
 def before_engine_args() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +83,21 @@ class MedusaProposer(DraftModelSpeculator):
             self.drafter = SequentialDrafter(heads, self.tree_batch.tree)
             object.__setattr__(self, "embed_tokens", target_model.embed_input_ids)
         return heads
+
+    def use_base_logits(self, compute_logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Score with the base's lm_head where the target's carries LoRA adapters.
+
+        Raises
+        ------
+        ValueError
+            With sequential heads, which would also need the base's embeddings.
+        """
+        if self.drafter is not None:
+            raise ValueError(
+                "Medusa does not run with LoRA adapters and sequential heads: these read "
+                "embeddings to which an adapter may belong; use independent heads"
+            )
+        object.__setattr__(self, "compute_base_logits", compute_logits)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Prepare graphs of the step that ends in the drafts."""

@@ -16,11 +16,13 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_medusa import vllm_seams
 from vllm_medusa.compaction import PathCompactor
+from vllm_medusa.lora_rows import TreeLoraState, base_logits
 from vllm_medusa.proposer import MedusaProposer
+from vllm_medusa.request_options import RequestOptions
 from vllm_medusa.rope_positions import follow_depths
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.verification_step import VerificationStep, needs_only_temperature
-from vllm_medusa.verifier import TreeVerifier, accept_limit
+from vllm_medusa.verifier import TreeVerifier
 
 
 class TreeRunnerMixin:
@@ -40,10 +42,17 @@ class TreeRunnerMixin:
 
         with vllm_seams.speculator_factory(make_proposer):
             super().__init__(vllm_config, device)
+        if self.lora_config is not None:
+            self.lora_state = TreeLoraState(max_num_reqs, self.tree_batch)
 
     def load_model(self, *args, **kwargs) -> None:
         """Load the target, then put the tree verifier where vLLM keeps its rejection sampler."""
         super().load_model(*args, **kwargs)
+        self.base_logits = self.model.compute_logits
+        if self.lora_config is not None:
+            self.base_logits = base_logits(self.model)
+            if self.speculator is not None:
+                self.speculator.use_base_logits(self.base_logits)
         if self.is_last_pp_rank and self.sampler is not None:
             self.rejection_sampler = TreeVerifier(
                 self.sampler, self.speculative_config, self.device, self.tree_batch
@@ -63,20 +72,22 @@ class TreeRunnerMixin:
         self.path_compactor = PathCompactor.for_runner(self)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """Register requests; remember which may accept drafts, and which a graph may sample."""
+        """Register requests; remember how each is verified, and which a graph may sample."""
         super().add_requests(scheduler_output)
-        if self.verification_step is not None and scheduler_output.scheduled_new_reqs:
-            self.verification_step.read_requests()
+        if self.verification_step is None or not scheduler_output.scheduled_new_reqs:
+            return
+        self.verification_step.read_requests()
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             if params is None:
                 continue
             index = self.req_states.req_id_to_index[request.req_id]
-            self.tree_batch.set_accept_limit(index, accept_limit(params))
-            if self.verification_step is not None:
-                self.verification_step.simple[index] = needs_only_temperature(
-                    self.sampler, index, params
-                )
+            options = RequestOptions.of(params.extra_args, self.speculative_config)
+            self.rejection_sampler.add_request(index, params, options)
+            self.verification_step.simple[index] = (
+                needs_only_temperature(self.sampler, index, params)
+                and not self.rejection_sampler.typical.active[index]
+            )
 
     def prepare_attn(
         self, input_batch: InputBatch
@@ -99,7 +110,7 @@ class TreeRunnerMixin:
         rows = min(self.max_num_reqs * self.decode_query_len, self.max_num_tokens)
         if rows > hidden_states.shape[0]:
             sample = hidden_states.new_zeros(rows, hidden_states.shape[1])
-            logits = self.model.compute_logits(sample)
+            logits = self.base_logits(sample)
             self.rejection_sampler.profile(logits)
 
     def sample(

@@ -1,16 +1,23 @@
-"""vLLM's schedulers with statistics that mean something for a tree."""
+"""vLLM's schedulers, taught that drafts are a tree: grammar masks, statistics."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_medusa.grammar_masks import tree_masks
+from vllm_medusa.request_options import RequestOptions
 
-class TreeStatsMixin:
-    """Counts drafts by depth, not by node.
+
+class TreeSchedulerMixin:
+    """Grammars follow the paths of a tree, and drafts are counted by depth, not by node.
 
     A 63-node tree offers at most `depth` tokens a step.  Counting nodes would
     report an acceptance rate of a few per cent and 63 positions, of which all but
@@ -19,11 +26,99 @@ class TreeStatsMixin:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
-        tree = vllm_config.speculative_config.token_tree
+        self._speculative_config = vllm_config.speculative_config
+        self._tree = tree = self._speculative_config.token_tree
+        self._node_budgets: dict[str, int] = {}  # request id -> most nodes
         # number of nodes -> depth of the tree that this prefix of the list is
         self._depth_of_nodes = [0]
         for depth in tree.depths[1:]:
             self._depth_of_nodes.append(max(depth, self._depth_of_nodes[-1]))
+
+    def add_request(self, request: Request) -> None:
+        """Remember the request's own node budget; count its acceptance by depth."""
+        super().add_request(request)
+        if request.spec_decode_metrics is not None:
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._depth_of_nodes[-1])
+        extra_args = getattr(request.sampling_params, "extra_args", None)
+        nodes = RequestOptions.of(extra_args, self._speculative_config).nodes
+        if nodes is not None:
+            self._node_budgets[request.request_id] = nodes
+
+    def _cut_to_budgets(self) -> None:
+        """Cut next drafts to the budgets of their requests: every prefix is a tree."""
+        for request_id, nodes in list(self._node_budgets.items()):
+            request = self.requests.get(request_id)
+            if request is None:
+                del self._node_budgets[request_id]
+            else:
+                request.spec_token_ids = request.spec_token_ids[:nodes]
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Async scheduling places the next drafts here, before they are known."""
+        super()._update_after_schedule(scheduler_output)
+        self._cut_to_budgets()
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take the drafts of the next step (without async scheduling), whatever a grammar says.
+
+        vLLM would keep them up to the first that does not follow the one before it; in a
+        tree each follows its parent, and :meth:`get_grammar_bitmask` sees to the rest.
+        """
+        for request_id, tokens in zip(
+            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+        ):
+            request = self.requests.get(request_id)
+            if request is not None and not request.is_finished():
+                request.spec_token_ids = [] if request.is_prefill_chunk else tokens
+        self._cut_to_budgets()
+
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
+        """The same for drafts that became known after their step was scheduled."""
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        for request_id, tokens in zip(
+            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+        ):
+            if scheduled.get(request_id):
+                # A tree that the scheduler has cut, or that is longer than was drafted.
+                cut = tokens[: len(scheduled[request_id])]
+                missing = len(scheduled[request_id]) - len(cut)
+                scheduled[request_id] = cut + [-1] * missing
+        scheduler_output.num_invalid_spec_tokens = {}
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """Masks of all nodes of the requests with structured output, each along its path."""
+        if not scheduler_output.has_structured_output_requests:
+            return None
+        request_ids = [
+            request_id
+            for request_id in scheduler_output.num_scheduled_tokens
+            if (request := self.requests.get(request_id))
+            and request.use_structured_output
+            and not request.is_prefill_chunk
+        ]
+        if not request_ids:
+            return None
+        masks, acceptable = tree_masks(
+            self.structured_output_manager,
+            self._tree,
+            self.requests,
+            request_ids,
+            scheduler_output.scheduled_spec_decode_tokens,
+        )
+        return GrammarOutput(request_ids, masks, acceptable)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        """vLLM's own; per-request metrics are told to leave out what depth does not count."""
+        if self.spec_decode_metrics_level != "none":
+            scheduler_output.num_invalid_spec_tokens = {
+                request_id: len(tokens) - self._depth_of_nodes[len(tokens)]
+                for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
+            }
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_spec_decoding_stats(
         self,
@@ -45,9 +140,9 @@ class TreeStatsMixin:
         return spec_decoding_stats
 
 
-class MedusaScheduler(TreeStatsMixin, Scheduler):
+class MedusaScheduler(TreeSchedulerMixin, Scheduler):
     """``scheduler_cls`` without async scheduling."""
 
 
-class MedusaAsyncScheduler(TreeStatsMixin, AsyncScheduler):
+class MedusaAsyncScheduler(TreeSchedulerMixin, AsyncScheduler):
     """``scheduler_cls`` with async scheduling."""

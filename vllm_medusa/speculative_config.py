@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from vllm.v1.spec_decode.dynamic.utils import (
 
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.config import (
+    ACCEPTANCE_RULES,
     DEFAULT_NODE_BUDGET,
     DEFAULT_TREE,
     MEDUSA_METHOD,
     ROW_BUDGET,
+    TYPICAL_EPSILON,
     MedusaOptions,
+    check_acceptance,
     default_schedule,
 )
 from vllm_medusa.tree import TokenTree
@@ -45,6 +49,11 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     """Rank path of every node, parents first, cut to the budget."""
     num_medusa_heads: int = 0
     """Heads that the tree reaches (its depth), never more than the file holds."""
+    acceptance: str = ACCEPTANCE_RULES[0]
+    """Rule of requests that name none."""
+    typical_epsilon: float = TYPICAL_EPSILON
+    """Parameters of typical acceptance for requests that bring none of their own."""
+    typical_delta: float = math.sqrt(TYPICAL_EPSILON)
 
     def __post_init__(self):
         self.method = "ngram_gpu"
@@ -185,6 +194,9 @@ def create_medusa_config(
         tree.num_nodes,
         tree.max_depth,
     )
+    epsilon, delta = check_acceptance(
+        options.acceptance, options.typical_epsilon, options.typical_delta
+    )
     return MedusaSpeculativeConfig(
         method=MEDUSA_METHOD,
         model=options.location,
@@ -192,6 +204,9 @@ def create_medusa_config(
         tree_paths=tree.paths,
         num_speculative_tokens_per_batch_size=choose_schedule(options, tree),
         num_medusa_heads=tree.max_depth,
+        acceptance=options.acceptance,
+        typical_epsilon=epsilon,
+        typical_delta=delta,
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )

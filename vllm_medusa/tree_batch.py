@@ -31,8 +31,6 @@ class TreeBatch:
         Bit j of row i: row j is row i or one of its ancestors.
     row_counts : tuple of int
         Rows that uniform decode batches have: W, and what the schedule cuts it to.
-    accept_limits : torch.Tensor, [max_num_reqs] int32
-        Most nodes a request may accept; 0 makes speculation a no-op for it.
     step_masks : torch.Tensor, [max_num_reqs, W] int64
         ``masks`` in batch order; what attention reads, also inside CUDA graphs.
     num_tree_reqs : int
@@ -65,10 +63,6 @@ class TreeBatch:
         self.depths = table(tree.depths, torch.int32)
         self.masks = table(signed_words(tree.ancestor_masks), torch.int64)
         self.step_masks = self.masks.clone()
-        self.accept_limits = torch.full(
-            (max_num_reqs,), UNLIMITED, dtype=torch.int32, device=device
-        )
-        self._limits_np = np.full(max_num_reqs, UNLIMITED, dtype=np.int32)
         self.num_tree_reqs = 0
         self.num_rows_np = np.empty(0, dtype=np.int32)
         self.last_rows: torch.Tensor | None = None
@@ -82,13 +76,6 @@ class TreeBatch:
     def is_tree(self, num_rows: int) -> bool:
         """Whether uniform decode queries of this length are trees with at least one node."""
         return num_rows > 1 and num_rows in self.row_counts
-
-    def set_accept_limit(self, index: int, limit: int | None) -> None:
-        """Limit the request in slot ``index``; writes to the device only on a change."""
-        limit = UNLIMITED if limit is None else limit
-        if self._limits_np[index] != limit:
-            self._limits_np[index] = limit
-            self.accept_limits[index] = limit
 
     def begin_step(self, input_batch: InputBatch) -> None:
         """Gather masks in batch order and turn linear positions of tree rows into depths.

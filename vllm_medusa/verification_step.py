@@ -21,10 +21,8 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_medusa.kernels import WalkOutput
-from vllm_medusa.verifier import walk_trees
-
-# logit bias (with allowed tokens and min_tokens), penalties, bad words: vLLM's own.
-NUM_STOCK_PROCESSORS = 3
+from vllm_medusa.row_sampling import NUM_STOCK_PROCESSORS, reads_history
+from vllm_medusa.verifier import ready_requests, walk_trees
 
 
 def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> bool:
@@ -52,12 +50,8 @@ def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> 
         and states.min_p.np[index] == 0.0
         and not params.logit_bias
         and not params.allowed_token_ids
-        and not params.bad_words
         and params.min_tokens == 0
-        and params.repetition_penalty == 1.0
-        and params.presence_penalty == 0.0
-        and params.frequency_penalty == 0.0
-        and getattr(params, "thinking_token_budget", None) is None
+        and not reads_history(params)
     )
 
 
@@ -265,8 +259,7 @@ class VerificationStep:
             runner.input_buffers.input_ids[:num_logits],
             cu_rows,
             slots,
-            positions.view(num_reqs, rows)[:, 0],
-            self.prefill_len,
+            ready_requests(slots, positions.view(num_reqs, rows)[:, 0], self.prefill_len),
             out._replace(tokens=tokens, num_sampled=counts[0]),
         )
 

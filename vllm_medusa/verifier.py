@@ -10,42 +10,35 @@ seeded request even gets the tokens that it gets without speculation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, get_max_chunk_logits
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_medusa.kernels import WalkOutput, tree_walk
-from vllm_medusa.tree_batch import TreeBatch
+from vllm_medusa.request_options import RequestOptions
+from vllm_medusa.row_sampling import RowDraws, RowSampler
+from vllm_medusa.tree_batch import UNLIMITED, TreeBatch
+from vllm_medusa.typical_acceptance import TypicalAcceptance
 
 
-def accept_limit(params: SamplingParams) -> int | None:
-    """0 for requests whose processors would read a row's history along the batch row order.
+def ready_requests(
+    slots: torch.Tensor,  # [num_reqs] int64, -1: no request
+    root_positions: torch.Tensor,  # [num_reqs] int64
+    prefill_len: torch.Tensor,  # [max_num_reqs] int32
+) -> torch.Tensor:
+    """Whose drafts are real, [num_reqs] bool.
 
-    Penalties, bad words, thinking budgets and grammars look back over "the drafts
-    before this row", which in a tree are not its ancestors.  At the root there are
-    none, so such a request is verified there only: right, and as fast as plain.
+    A request that starts its step inside the prompt carries placeholder drafts (vLLM
+    pads its first decode); its root sits before ``prefill_len``.
     """
-    chain_dependent = (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-        or params.bad_words
-        or params.structured_outputs is not None
-        or getattr(params, "thinking_token_budget", None) is not None
-    )
-    return 0 if chain_dependent else None
+    return root_positions >= prefill_len[slots.clamp(min=0)]
 
 
 def walk_trees(
@@ -54,18 +47,14 @@ def walk_trees(
     tokens: torch.Tensor,  # [num_logits], each row's own input token
     cu_rows: torch.Tensor,  # [num_reqs + 1] int32
     slots: torch.Tensor,  # [num_reqs] int64, -1: no request
-    root_positions: torch.Tensor,  # [num_reqs] int64
-    prefill_len: torch.Tensor,  # [max_num_reqs] int32
+    ready: torch.Tensor,  # [num_reqs] bool
     out: WalkOutput,
+    limits: torch.Tensor | int = UNLIMITED,  # [num_reqs] int32, most nodes to accept
 ) -> WalkOutput:
     """Follow the drawn tokens down every tree, as far as each request may accept."""
-    real = slots.clamp(min=0)
-    # A request that starts its step inside the prompt carries placeholder drafts
-    # (vLLM pads its first decode); its root sits before prefill_len.
-    ready = root_positions >= prefill_len[real]
     # vLLM's processors take the ids as they are (int32), the walk as they are drawn.
     tokens = tokens.to(drawn.dtype)
-    limits = batch.accept_limits[real] * ready
+    limits = ready.to(torch.int32) * limits
     return tree_walk(drawn, tokens, cu_rows, batch.parents, slots, limits, out=out)
 
 
@@ -75,6 +64,14 @@ class TreeVerifier(RejectionSampler):
     def __init__(self, sampler: Sampler, spec_config, device, tree_batch: TreeBatch):
         super().__init__(sampler, spec_config, device)
         self.tree_batch = tree_batch
+        self.typical = TypicalAcceptance(tree_batch)
+        self.row_sampler = RowSampler(sampler, tree_batch.tree, self.typical)
+
+    def add_request(self, index: int, params: SamplingParams, options: RequestOptions) -> None:
+        """Note how the request in slot ``index``, known to the sampler, is verified."""
+        self.row_sampler.add_request(index, params)
+        greedy = self.sampler.sampling_states.temperature.np[index] == 0.0
+        self.typical.add_request(index, options, greedy)
 
     def __call__(
         self,
@@ -99,14 +96,18 @@ class TreeVerifier(RejectionSampler):
         if invalid_drafts is not None:
             tokens = tokens.masked_fill(invalid_drafts, -1)
 
-        num_logprobs = self.sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np)
+        wanted = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         keep_processed = (
-            num_logprobs != NO_LOGPROBS and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+            wanted is not None and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         )
-        drawn, processed = self._draw(logits, input_batch, positions, tokens, keep_processed)
-        out = self._walk(drawn, tokens, positions, input_batch)
+        rows = self.row_sampler.draw(logits, input_batch, positions, tokens, keep_processed)
+        drawn, out = self._walk(rows, tokens, positions, input_batch)
         logprobs = self._path_logprobs(
-            processed if keep_processed else logits, drawn, out.flat_rows, num_logprobs, input_batch
+            rows.processed if keep_processed else logits,
+            drawn,
+            out.flat_rows,
+            wanted,
+            input_batch,
         )
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             out.num_sampled,
@@ -124,117 +125,53 @@ class TreeVerifier(RejectionSampler):
             sampling_mask_tensors=None,
         )
 
-    def _draw(
-        self,
-        logits: torch.Tensor,
-        input_batch: InputBatch,
-        positions: torch.Tensor,
-        tokens: torch.Tensor,
-        keep_processed: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sample every row with vLLM's own sampling parameters, in bounded chunks."""
-        states = self.sampler.sampling_states
-        drawn, kept = [], []
-        for start, end in _request_chunks(
-            input_batch.cu_num_logits_np, get_max_chunk_logits(logits.shape[1])
-        ):
-            lo, hi = (int(input_batch.cu_num_logits_np[i]) for i in (start, end))
-            slots = input_batch.expanded_idx_mapping[lo:hi]
-            processed = self.sampler.apply_sampling_params(
-                logits[lo:hi],
-                slots,
-                input_batch.idx_mapping[start:end],
-                input_batch.idx_mapping_np[start:end],
-                positions[lo:hi],
-                tokens[lo:hi],
-                input_batch.expanded_local_pos[lo:hi],
-                input_batch.seq_lens_cpu_upper_bound.numpy()[start:end],
-            )
-            drawn.append(
-                gumbel_sample(
-                    processed,
-                    slots,
-                    states.temperature.gpu,
-                    states.seeds.gpu,
-                    positions[lo:hi],
-                    apply_temperature=False,
-                    is_drafting=False,
-                    use_fp64=self.sampler.use_fp64_gumbel,
-                )
-            )
-            if keep_processed:
-                kept.append(processed)
-        single = len(drawn) == 1
-        all_drawn = drawn[0] if single else torch.cat(drawn)
-        if not keep_processed:
-            return all_drawn, None
-        return all_drawn, kept[0] if single else torch.cat(kept)
-
     def _walk(
         self,
-        drawn: torch.Tensor,
+        rows: RowDraws,
         tokens: torch.Tensor,
         positions: torch.Tensor,
         input_batch: InputBatch,
-    ):
-        """Walk every tree and remember where each path ends."""
-        batch, slots = self.tree_batch, input_batch.idx_mapping
-        out = walk_trees(
-            batch,
-            drawn,
-            tokens,
-            input_batch.cu_num_logits,
-            slots,
-            positions[input_batch.cu_num_logits[:-1].long()],
-            self.sampler.req_states.prefill_len.gpu,
-            WalkOutput.empty(slots.shape[0], drawn.shape[0], batch.num_rows, drawn.device),
+    ) -> tuple[torch.Tensor, WalkOutput]:
+        """Walk every tree and remember where each path ends; also the token of every row."""
+        batch, slots, drawn = self.tree_batch, input_batch.idx_mapping, rows.drawn
+        cu_rows, limits = input_batch.cu_num_logits, UNLIMITED
+        ready = ready_requests(
+            slots, positions[cu_rows[:-1].long()], self.sampler.req_states.prefill_len.gpu
         )
+        if rows.scores is not None:
+            drawn, tokens, limits = self.typical.steer(
+                rows.scores, rows.typical, drawn, tokens, cu_rows, slots, ready
+            )
+        out = WalkOutput.empty(slots.shape[0], drawn.shape[0], batch.num_rows, drawn.device)
+        walk_trees(batch, drawn, tokens, cu_rows, slots, ready, out, limits)
         batch.last_rows = out.last_rows
-        return out
+        return drawn, out
 
     def _path_logprobs(
         self,
         logits: torch.Tensor,
         drawn: torch.Tensor,
         flat_rows: torch.Tensor,  # [num_logits] int64, accepted rows first in each segment
-        num_logprobs: int,
+        wanted: tuple[int, int] | None,  # most likely tokens, and tokens that a request names
         input_batch: InputBatch,
     ) -> LogprobsTensors | None:
         """Log probabilities of the rows that became output, where the scheduler looks for them."""
-        if num_logprobs == NO_LOGPROBS:
+        if wanted is None:
             return None
+        num_logprobs, num_named = wanted
         expanded = logits.shape[0] != input_batch.num_reqs
         return compute_topk_scores(
             logits[flat_rows],
             num_logprobs,
             drawn[flat_rows],
             input_batch.cu_num_logits_np.tolist() if expanded else None,
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            # Rows change places within their request only.
+            expanded_idx_mapping=input_batch.expanded_idx_mapping,
+            max_per_req_token_ids=num_named,
             logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )
 
     def profile(self, logits: torch.Tensor) -> None:
-        """Allocate what verifying ``logits`` would: the float32 copy of one chunk, and the draw."""
-        chunk = logits[: get_max_chunk_logits(logits.shape[1])].float()
-        zeros = torch.zeros(chunk.shape[0], dtype=torch.int64, device=chunk.device)
-        states = self.sampler.sampling_states
-        gumbel_sample(
-            chunk,
-            zeros,
-            states.temperature.gpu,
-            states.seeds.gpu,
-            zeros,
-            apply_temperature=False,
-            is_drafting=False,
-            use_fp64=self.sampler.use_fp64_gumbel,
-        )
-
-
-def _request_chunks(cu_num_logits: np.ndarray, max_rows: int) -> Iterator[tuple[int, int]]:
-    """Request ranges of at most ``max_rows`` logits rows each; never splits a request."""
-    start, num_reqs = 0, cu_num_logits.size - 1
-    while start < num_reqs:
-        limit = int(cu_num_logits[start]) + max_rows
-        end = int(np.searchsorted(cu_num_logits, limit, side="right")) - 1
-        end = min(num_reqs, max(end, start + 1))
-        yield start, end
-        start = end
+        """Allocate what verifying ``logits`` would."""
+        self.row_sampler.profile(logits)

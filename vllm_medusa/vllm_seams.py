@@ -21,7 +21,8 @@ VllmConfig.use_v2_model_runner                  no V2 runner on a CPU without Tr
 VllmConfig._validate_v2_model_runner            backend; our kernels replace what it needs
 triton_utils.triton.next_power_of_2             vLLM's stand-in for Triton lacks it
 SamplingParams._validate_spec_decode            refuses min_p and logit_bias under any
-                                                speculation; our rule is exact for both
+                                                speculation, our rule is exact for both; and
+                                                the place to refuse a request's own options
 SpecDecodingProm.__init__                       one Prometheus label per draft token:
                                                 63 nodes, but only `depth` positions
 gpu.model_runner.init_speculator                a name imported by the runner's
@@ -239,7 +240,6 @@ def install_config_gates(is_medusa: Callable[[Any], bool]) -> None:
     import vllm.config.vllm as vllm_config_module
     from vllm import envs
     from vllm.config import VllmConfig
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
     def make_unsupported(original: Callable) -> Callable:
@@ -268,13 +268,6 @@ def install_config_gates(is_medusa: Callable[[Any], bool]) -> None:
 
         return validate_v2_model_runner
 
-    def make_validate(original: Callable) -> Callable:
-        def validate_spec_decode(self, speculative_config):
-            if not is_medusa(speculative_config):
-                original(self, speculative_config)
-
-        return validate_spec_decode
-
     def make_prom_init(original: Callable) -> Callable:
         def prom_init(self, speculative_config, *args, **kwargs):
             if is_medusa(speculative_config):
@@ -287,11 +280,41 @@ def install_config_gates(is_medusa: Callable[[Any], bool]) -> None:
     _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", make_unsupported)
     _wrap(VllmConfig, "use_v2_model_runner", make_use_v2)
     _wrap(VllmConfig, "_validate_v2_model_runner", make_validate_v2)
-    _wrap(SamplingParams, "_validate_spec_decode", make_validate)
     _wrap(SpecDecodingProm, "__init__", make_prom_init)
     # vLLM's own Medusa (V1 chain) cannot be reached with the plugin installed, so
     # adding the name changes nothing for any other method.
     vllm_config_module.NgramGPUTypes = Literal["ngram_gpu", "medusa"]
+
+
+def install_request_gate(
+    is_medusa: Callable[[Any], bool], check_request: Callable[[Any, Any], Any]
+) -> None:
+    """Admit sampling parameters for which our rule is exact; refuse a request's wrong options.
+
+    Parameters
+    ----------
+    is_medusa : callable
+        Speculative config -> whether it asks for Medusa.
+    check_request : callable
+        Called with a request's ``extra_args`` and the speculative config before the request
+        is admitted; its ValueError becomes the client's.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    def make_validate(original: Callable) -> Callable:
+        def validate_spec_decode(self, speculative_config):
+            if not is_medusa(speculative_config):
+                original(self, speculative_config)
+                return
+            try:
+                check_request(self.extra_args, speculative_config)
+            except ValueError as error:
+                raise VLLMValidationError(str(error), parameter="extra_args") from None
+
+        return validate_spec_decode
+
+    _wrap(SamplingParams, "_validate_spec_decode", make_validate)
 
 
 def needs_triton_stand_in(vllm_config: Any, is_medusa: Callable[[Any], bool]) -> bool:

@@ -3,8 +3,8 @@
     python engine_job.py JOB.json RESULT.json
 
 JOB: {"engine": {LLM arguments}, "plain_v2": bool, "batches": [{"prompts": [[ids]],
-"sampling": [{...}]}], "break": null | "compaction" | "rope", "whole_steps": bool}.  The result
-holds token ids, logprobs, spec-decode counters and the classes that really ran.
+"sampling": [{...}]}], "break": null | "compaction" | "rope" | "chains", "whole_steps": bool}.
+The result holds token ids, logprobs, spec-decode counters and the classes that really ran.
 """
 
 from __future__ import annotations
@@ -28,6 +28,22 @@ def use_plain_v2(engine: dict) -> None:
 
     config_module.HAS_TRITON = True
     engine["worker_cls"] = "plain_v2_worker.PlainV2CPUWorker"
+
+
+def set_async_scheduling(wanted: bool) -> None:
+    """Keep, or no longer keep, vLLM's CPU platform from switching async scheduling off."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = getattr(CpuPlatform, "_original_check", CpuPlatform.check_and_update_config)
+    CpuPlatform._original_check = original
+
+    def check_and_update_config(cls, vllm_config):
+        original(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = (
+        classmethod(check_and_update_config) if wanted else original
+    )
 
 
 def record_launches() -> dict[str, list]:
@@ -87,8 +103,24 @@ def count_whole_steps(padding: int = 2) -> list[int]:
     return sizes
 
 
+def engine_arguments(job: dict) -> dict:
+    """``LLM`` arguments of a job; ``"tokenizer": true`` loads the model's tokenizer."""
+    arguments = dict(job["engine"])
+    if "reasoning_config" in arguments:
+        from vllm.config.reasoning import ReasoningConfig
+
+        arguments["reasoning_config"] = ReasoningConfig(**arguments["reasoning_config"])
+    skip = not job.get("tokenizer")
+    return {"skip_tokenizer_init": skip, "disable_log_stats": False, **arguments}
+
+
 def sampling_params(cls, fields: dict):
-    """JSON turned a logit bias's token ids into strings."""
+    """JSON turned a logit bias's token ids into strings, and a grammar into a dictionary."""
+    if "structured_outputs" in fields:
+        from vllm.sampling_params import StructuredOutputsParams
+
+        constraint = StructuredOutputsParams(**fields["structured_outputs"])
+        fields = fields | {"structured_outputs": constraint}
     if "logit_bias" in fields:
         bias = {int(token): value for token, value in fields["logit_bias"].items()}
         fields = fields | {"logit_bias": bias}
@@ -118,6 +150,11 @@ def break_something(part: str) -> None:
         from vllm_medusa import runner
 
         runner.follow_depths = lambda *args: None
+    elif part == "chains":
+        from vllm_medusa.path_chains import PathChains
+
+        expand = PathChains.expand
+        PathChains.expand = lambda self, rows, chained: expand(self, rows, chained & False)
 
 
 def counters(llm) -> dict:
@@ -145,7 +182,7 @@ def main() -> None:
         break_something(job["break"])
     whole_steps = count_whole_steps() if job.get("whole_steps") else []
     launches = record_launches() if job.get("record_launches") else {}
-    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
+    llm = LLM(**engine_arguments(job))
     results = []
     for batch in job["batches"]:
         prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]

@@ -3,10 +3,11 @@
     python engine_series.py JOBS.json RESULTS.json
 
 JOBS: {name: job}, in order.  A job is {"engine": {LLM arguments}, "plain_v2": bool,
-"batches": [batch], "break": null | "compaction" | "rope"}; :func:`generate` says what
-a batch may hold.  With "config_only" (and perhaps "env") the
+"batches": [batch], "tokenizer": bool, "async": bool, "break": null | "compaction" | "rope" |
+"chains"}; :func:`generate` says what a batch may hold.  With "config_only" (and perhaps "env") the
 engine's config is made and nothing else.
-RESULTS: {name: {"batches", "counters", "runner"}, or {"error": text}}.
+RESULTS: {name: {"batches", "accepted" (drafts, of each batch), "counters", "runner",
+"scheduler"}, or {"error": text}}.
 """
 
 from __future__ import annotations
@@ -49,26 +50,37 @@ def run(job: dict) -> tuple[dict, Any | None]:
     os.environ.update(job.get("env", {}))
     from vllm import LLM, EngineArgs
 
+    engine_job.set_async_scheduling(bool(job.get("async")))
     if job.get("config_only"):
         EngineArgs(skip_tokenizer_init=True, **engine).create_engine_config()
         return {"batches": []}, None
     if job.get("break"):
         engine_job.break_something(job["break"])
-    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **engine)
-    batches = [generate(llm, batch) for batch in job["batches"]]
+    llm = LLM(**engine_job.engine_arguments(job))
+    batches, accepted = [], []
+    for batch in job["batches"]:
+        batches.append(generate(llm, batch))
+        counted = engine_job.counters(llm).get("vllm:spec_decode_num_accepted_tokens", 0)
+        accepted.append(counted - sum(accepted))
     core = llm.llm_engine.engine_core.engine_core
     runner = type(core.model_executor.driver_worker.worker.model_runner).__name__
-    return {"batches": batches, "counters": engine_job.counters(llm), "runner": runner}, llm
+    scheduler = type(core.scheduler).__name__
+    result = {"batches": batches, "counters": engine_job.counters(llm), "runner": runner}
+    return result | {"accepted": accepted, "scheduler": scheduler}, llm
 
 
 def generate(llm: Any, batch: dict) -> list[dict]:
     """One batch's outputs.
 
     Besides "prompts" and "sampling", a batch may name an "embeddings" tensor file (prompts
-    become embeddings), or requests to "abort" [indices] once their output has "abort_after"
-    tokens.
+    become embeddings), LoRA "adapters" [directory] that the requests use in turn, or
+    requests to "abort" [indices] once their output has "abort_after" tokens.  Of a batch that
+    is "refused" each request is tried alone, and its error returned.
     """
     from vllm import SamplingParams
+
+    if batch.get("refused"):
+        return [{"error": _error(llm, batch["prompts"][0], p)} for p in batch["sampling"]]
 
     prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
     if "embeddings" in batch:
@@ -80,15 +92,39 @@ def generate(llm: Any, batch: dict) -> list[dict]:
     if "abort" in batch:
         outputs = generate_and_abort(llm, prompts, params, batch["abort"], batch["abort_after"])
     else:
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        requests = (
+            adapter_requests(batch["adapters"], len(prompts)) if "adapters" in batch else None
+        )
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=requests)
     return [
         {
             "token_ids": list(output.outputs[0].token_ids),
+            "logprobs": engine_job.logprob_rows(output.outputs[0].logprobs),
             "prompt_logprobs": engine_job.logprob_rows(output.prompt_logprobs),
             "finish": output.outputs[0].finish_reason,
+            "metrics": (m := output.outputs[0].spec_decode_metrics) and m.to_dict(),
         }
         for output in outputs
     ]
+
+
+def adapter_requests(directories: list[str], count: int) -> list:
+    """LoRA requests of ``count`` requests."""
+    from vllm.lora.request import LoRARequest
+
+    made = [LoRARequest(path, i + 1, path) for i, path in enumerate(directories)]
+    return [made[index % len(made)] for index in range(count)]
+
+
+def _error(llm: Any, prompt: list[int], fields: dict) -> str:
+    from vllm import SamplingParams
+
+    params = engine_job.sampling_params(SamplingParams, fields)
+    try:
+        llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def generate_and_abort(

@@ -16,7 +16,7 @@ from tiny import HIDDEN, VOCAB
 pytestmark = pytest.mark.vllm
 
 ABORTED, ABORTED_AFTER = [1, 4, 9], 11
-CASES = ("plain", "prompt logprobs", "abort", "embeddings", "int8")
+CASES = ("plain", "prompt logprobs", "abort", "embeddings", "int8", "lora")
 # float32 log-softmax of one vocabulary, summed in another order.
 LOGPROB_TOLERANCE = 2e-4
 
@@ -25,7 +25,15 @@ def feature_jobs(tiny: dict[str, str], root: Path) -> dict[str, dict]:
     """Case -> the job without Medusa."""
     variants.write_embeddings(Path(tiny["model"]), root / "table.pt")
     variants.write_int8(Path(tiny["model"]), root / "int8")
+    # vLLM's CPU kernels give a request without an adapter the last one's weights.
+    adapters = [str(root / "adapter 1"), str(root / "adapter 2")]
+    for seed, adapter in enumerate(adapters):
+        variants.write_adapter(Path(tiny["model"]), Path(adapter), seed)
     engine = {"model": tiny["model"], **ENGINE}
+    # vLLM wants room for a whole tree of every request.
+    with_lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    with_lora["max_num_batched_tokens"] = ENGINE["max_num_seqs"] * (NODES + 1)
+    adapted = [batch | {"adapters": adapters} for batch in batches()]
     with_logprobs = batches()
     for batch in with_logprobs:
         batch["sampling"] = [params | {"prompt_logprobs": 2} for params in batch["sampling"]]
@@ -38,6 +46,7 @@ def feature_jobs(tiny: dict[str, str], root: Path) -> dict[str, dict]:
         "abort": {"engine": engine, "batches": [*aborting, *batches()]},
         "embeddings": {"engine": engine | {"enable_prompt_embeds": True}, "batches": embedded},
         "int8": {"engine": engine | {"model": str(root / "int8")}, "batches": batches()},
+        "lora": {"engine": engine | with_lora, "batches": adapted},
     }
 
 
@@ -94,6 +103,12 @@ def test_int8_is_another_model(results):
     assert token_ids(results["int8"]) != token_ids(results["plain"])
 
 
+def test_adapters_are_other_models(results):
+    plain, adapted = token_ids(results["plain"]), token_ids(results["lora, medusa"])
+    for before, after in zip(plain, adapted, strict=True):
+        assert before[0::2] != after[0::2] and before[1::2] != after[1::2]
+
+
 def test_engines_one_after_another(results):
     """vLLM remembers attention backends for a whole process; each engine gets its own."""
     before, after = token_ids(results["V1 before"]), token_ids(results["V1 after"])
@@ -139,8 +154,6 @@ REFUSED = {
     "fast prefill": ({"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
     "FP8 cache": ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
     "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism without async"),
-    "logits processors": ({"logits_processors": ["a:B"]}, "custom logits processors"),
-    "LoRA": ({"enable_lora": True, "max_num_seqs": 4}, "LoRA adapters"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "KV connectors"),
     "KV connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},

@@ -167,8 +167,8 @@ def test_output_up_to_the_model_length(tiny, run_job):
     assert max(lengths) == 160
 
 
-def test_requests_that_cannot_branch_still_agree(tiny, run_job):
-    """Penalties and bad words accept no drafts; logit bias and min tokens do."""
+def test_bias_penalties_and_stops_side_by_side(tiny, run_job):
+    """Rows laid out as chains beside rows that stay as they are."""
     params = [
         {"repetition_penalty": 1.3},
         {"presence_penalty": 0.5, "frequency_penalty": 0.2},

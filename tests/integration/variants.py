@@ -1,4 +1,4 @@
-"""The tiny Llama with something added: an embedding table, quantised weights."""
+"""The tiny Llama with something added: an embedding table, quantised weights, adapters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+ADAPTED = ("q_proj", "v_proj", "down_proj")
 
 
 def model_tensors(model: Path) -> dict[str, torch.Tensor]:
@@ -29,6 +32,32 @@ def linear_weights(model: Path) -> dict[str, torch.Tensor]:
 def write_embeddings(model: Path, path: Path) -> None:
     """The embedding table as a tensor file: prompts as embeddings are its rows."""
     torch.save(model_tensors(model)["model.embed_tokens.weight"], path)
+
+
+def write_adapter(model: Path, directory: Path, seed: int, rank: int = 4) -> None:
+    """A random LoRA adapter, of the lm_head too, strong enough to change the output."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = linear_weights(model)
+    weights = {key: weights[key] for key in weights if key.split(".")[-1] in ADAPTED}
+    weights["lm_head"] = model_tensors(model)["lm_head.weight"]
+    tensors = {}
+    for key, weight in weights.items():
+        down = torch.randn(rank, weight.shape[1], generator=generator)
+        up = torch.randn(weight.shape[0], rank, generator=generator)
+        scale = 0.3 * weight.norm() / (up @ down).norm()
+        tensors[f"base_model.model.{key}.lora_A.weight"] = down
+        tensors[f"base_model.model.{key}.lora_B.weight"] = up * scale
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": [*ADAPTED, "lm_head"],
+        "bias": "none",
+        "use_rslora": False,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
 def _write_quantised(model: Path, directory: Path, tensors: dict, config: dict) -> None:

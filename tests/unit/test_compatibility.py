@@ -19,7 +19,6 @@ def plain_config() -> SimpleNamespace:
     """The fields of a vLLM config that the refusals read, with nothing switched on."""
     return SimpleNamespace(
         use_v2_model_runner=True,
-        lora_config=None,
         kv_transfer_config=None,
         model_config=SimpleNamespace(
             is_hybrid=False,
@@ -30,7 +29,6 @@ def plain_config() -> SimpleNamespace:
             is_mm_prefix_lm=False,
             hf_text_config=SimpleNamespace(),
             rswa_window=None,
-            logits_processors=None,
             return_sampling_mask=False,
         ),
         parallel_config=SimpleNamespace(
@@ -55,7 +53,6 @@ SWITCHES = {
     "prefix-LM masks": ("model_config.is_mm_prefix_lm", True),
     "chunked local attention (Llama 4)": ("model_config.hf_text_config.attention_chunk_size", 8),
     "reference sliding windows": ("model_config.rswa_window", 8),
-    "LoRA adapters": ("lora_config", object()),
     "KV connectors (offloading, disaggregated prefill)": ("kv_transfer_config", object()),
     "decode or prefill context parallelism": ("parallel_config.decode_context_parallel_size", 2),
     "dual batch overlap": ("parallel_config.use_ubatching", True),
@@ -63,7 +60,6 @@ SWITCHES = {
     "KV-sharing fast prefill": ("cache_config.kv_sharing_fast_prefill", True),
     "a quantised KV cache": ("cache_config.cache_dtype", "fp8"),
     "pipeline parallelism without async scheduling": ("parallel_config.pipeline_parallel_size", 2),
-    "custom logits processors": ("model_config.logits_processors", ["a:B"]),
     "return_sampling_mask": ("model_config.return_sampling_mask", True),
 }
 
