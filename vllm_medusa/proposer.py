@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_medusa.checkpoint import load_heads
+from vllm_medusa.draft_vocabulary import cut_lm_head
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.sequential_draft import SequentialDrafter
 from vllm_medusa.tree_batch import TreeBatch
@@ -75,7 +76,16 @@ class MedusaProposer(DraftModelSpeculator):
             dtype=self.dtype,
             base_model=model_config.model,
         )
-        heads = MedusaHeads.from_weights(weights.first_heads(self.num_heads), self.device)
+        weights = cut_lm_head(
+            weights.first_heads(self.num_heads),
+            target_model,
+            self.speculative_config.draft_vocab_size,
+        )
+        heads = MedusaHeads.from_weights(weights, self.device)
+        if self.device.type == "cpu":
+            from vllm_medusa.cpu_linear import pack_lm_head
+
+            pack_lm_head(heads)
         # Not a submodule: vLLM walks the draft's parameters on reload and sleep.
         object.__setattr__(self, "compute_base_logits", target_model.compute_logits)
         if heads.spec.sequential:

@@ -26,6 +26,7 @@ from vllm_medusa.config import (
     MedusaOptions,
     default_schedule,
 )
+from vllm_medusa.draft_vocabulary import default_size
 from vllm_medusa.tree import TokenTree
 
 logger = init_logger(f"vllm.{__name__}")
@@ -45,6 +46,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     """Rank path of every node, parents first, cut to the budget."""
     num_medusa_heads: int = 0
     """Heads that the tree reaches (its depth), never more than the file holds."""
+    draft_vocab_size: int | None = None
+    """First ids that heads with a shared lm_head score; None: all."""
 
     def __post_init__(self):
         self.method = "ngram_gpu"
@@ -142,6 +145,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def tree_for_cpu(default: TokenTree, tree_file: Path | None, model: Any) -> TokenTree | None:
+    return default
+
+
 def create_medusa_config(
     speculative_config: dict[str, Any], target_model_config: Any, target_parallel_config: Any
 ) -> MedusaSpeculativeConfig:
@@ -177,6 +184,10 @@ def create_medusa_config(
             )
         num_heads = options.num_heads
     tree = choose_tree(options, num_heads, heads.tree_path)
+    if current_platform.is_cpu() and options.tree is options.num_speculative_tokens is None:
+        tree = tree_for_cpu(tree, heads.tree_path, target_model_config)
+        if tree is None:
+            return None
     logger.info(
         "Medusa: %d heads from %s (format %s), tree of %d nodes and depth %d",
         num_heads,
@@ -192,6 +203,8 @@ def create_medusa_config(
         tree_paths=tree.paths,
         num_speculative_tokens_per_batch_size=choose_schedule(options, tree),
         num_medusa_heads=tree.max_depth,
+        draft_vocab_size=options.draft_vocab_size
+        or default_size(current_platform.device_type, target_model_config.get_vocab_size()),
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )

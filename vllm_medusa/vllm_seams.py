@@ -358,3 +358,9 @@ def speculator_factory(factory: Callable) -> contextlib.AbstractContextManager:
 def cpu_runner_class(runner_cls: type) -> contextlib.AbstractContextManager:
     """While active, ``CPUWorker.init_device`` builds ``runner_cls``."""
     return replaced("vllm.v1.worker.cpu.model_runner", "CPUModelRunner", runner_cls)
+
+
+def cpu_product_dispatch(make: Callable[[Callable], Callable]) -> contextlib.AbstractContextManager:
+    """While active, layers that finish loading choose their product with ``make(original)``."""
+    name, module = "dispatch_cpu_unquantized_gemm", "vllm.model_executor.layers.utils"
+    return replaced(module, name, make(getattr(importlib.import_module(module), name)))
