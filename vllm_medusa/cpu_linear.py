@@ -8,16 +8,19 @@ from pathlib import Path
 
 import torch
 from vllm import envs
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_medusa import cpu_rows
+from vllm_medusa import cpu_rows, vllm_seams
 from vllm_medusa.heads import MedusaHeads
-from vllm_medusa.vllm_seams import cpu_ops
 
-# More rows than the largest tree of a single request go to oneDNN, whose blocking pays then:
-# on two Zen 3 cores 16 rows take 33 ms here and 48 ms there, 64 rows about as long.
-MOST_ROWS = 48
-# As oneDNN's products of vLLM's own layers.
-PRIMITIVE_CACHE_SIZE = 32
+logger = init_logger(f"vllm.{__name__}")
+
+# More rows go to oneDNN. On two Zen 3 cores the row product is the faster one at any number
+# (64 rows: 92 against 135 ms, 256 rows: 371 against 486 ms); with AVX-512 oneDNN's vectors are
+# twice as wide as ours, so there it gets all but the trees of one request.
+MOST_ROWS = 48 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 256
 
 _library = torch.library.Library("vllm_medusa", "FRAGMENT")
 _library.define("rows_product(Tensor x, Tensor panels, Tensor? bias, Tensor handler) -> Tensor")
@@ -25,29 +28,35 @@ _library.define("rows_product(Tensor x, Tensor panels, Tensor? bias, Tensor hand
 
 @functools.cache
 def kernels() -> cpu_rows.RowKernels | None:
-    """The kernels of this process; None where there is no compiler."""
-    return cpu_rows.load(Path(envs.VLLM_CACHE_ROOT) / "vllm_medusa")
+    """The kernels of this process; None, said once, where they cannot be had."""
+    try:
+        return cpu_rows.load(Path(envs.VLLM_CACHE_ROOT) / "vllm_medusa")
+    except OSError as error:
+        logger.warning(
+            "Medusa: oneDNN multiplies the rows of a tree, at a higher price each: %s", error
+        )
+        return None
 
 
 def rows_product(
     x: torch.Tensor,  # [..., in_features] float32
-    panels: torch.Tensor,  # [out_features / 16, in_features, 16] float32
+    panels: torch.Tensor,  # as `cpu_rows.pack` returns them
     bias: torch.Tensor | None,  # [out_features]
     handler: torch.Tensor,  # [] int64, address of oneDNN's product of the same weight
 ) -> torch.Tensor:
     """``x @ weight.T + bias``, [..., out_features]; one operation, so that graphs keep it."""
-    flat = x.reshape(-1, panels.shape[1])
-    if flat.shape[0] > MOST_ROWS:
-        out = x.new_empty(flat.shape[0], panels.shape[0] * cpu_rows.PANEL)
-        torch.ops._C.onednn_mm(out, flat, bias, handler)
-    else:
-        out = cpu_rows.product(kernels(), flat, panels)
-        if bias is not None:
-            out.add_(bias)
-    return out.view(*x.shape[:-1], -1)
+    if x.numel() > MOST_ROWS * panels.shape[1]:
+        out = _result_shape(x, panels, bias, handler)
+        flat = x.reshape(-1, x.shape[-1])
+        vllm_seams.onednn_product(out.view(flat.shape[0], -1), flat, bias, handler)
+        return out
+    out = cpu_rows.product(kernels(), x, panels)
+    return out if bias is None else out.add_(bias)
 
 
-def _result_shape(x, panels, bias, handler):
+def _result_shape(
+    x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, handler: torch.Tensor
+) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], panels.shape[0] * cpu_rows.PANEL))
 
 
@@ -60,12 +69,16 @@ def make_dispatch(original: Callable) -> Callable:
 
     def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
         weight = layer.weight.data
-        if weight.is_meta or not cpu_rows.can_pack(weight) or not _multiplies(layer):
+        # An embedding table is only looked up; a tied lm_head is a layer of its own.
+        multiplies = isinstance(layer, (LinearBase, ParallelLMHead))
+        if weight.is_meta or not multiplies or not cpu_rows.can_pack(weight):
             original(layer, remove_weight)
             return
-        panels = cpu_rows.pack(weight)
-        many_rows = cpu_ops().create_onednn_mm(weight.t(), PRIMITIVE_CACHE_SIZE)
-        handler = many_rows.handler_tensor
+        many_rows = vllm_seams.make_onednn_product(weight)
+        if many_rows is None:
+            original(layer, remove_weight)
+            return
+        panels, handler = cpu_rows.pack(weight), many_rows.handler_tensor
         # oneDNN's copy is freed with the Python object that stands for it.
         layer.many_rows_product = many_rows
         if remove_weight:
@@ -81,10 +94,10 @@ def make_dispatch(original: Callable) -> Callable:
 
 def pack_lm_head(heads: MedusaHeads) -> None:
     """Let heads with one lm_head for all of them multiply by panels."""
-    if kernels() is None or heads.lm_head is None or heads.lm_head.shape[0] != 1:
+    if heads.lm_head is None or heads.lm_head.shape[0] != 1:
         return
     weight = heads.lm_head.data[0]
-    if not cpu_rows.can_pack(weight):
+    if not cpu_rows.can_pack(weight) or kernels() is None:
         return
     panels = cpu_rows.pack(weight)
 
@@ -94,11 +107,3 @@ def pack_lm_head(heads: MedusaHeads) -> None:
         return cpu_rows.product(kernels(), states, panels)
 
     heads.lm_head_product = product
-
-
-def _multiplies(layer: torch.nn.Module) -> bool:
-    """Not an embedding table, which is only looked up (a tied lm_head is a layer of its own)."""
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    return isinstance(layer, (LinearBase, ParallelLMHead))

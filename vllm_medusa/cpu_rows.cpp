@@ -17,10 +17,24 @@ constexpr long kPanel = 16;  // columns computed together: two vectors
 constexpr long kRows = 6;    // rows computed together: 12 sums, 2 weights and a factor fill
                              // the 16 vector registers of AVX2
 
+// A panel's 16 weights for one k, as two vectors.
+inline void load(const float* panel, Lanes& left, Lanes& right) {
+  left = *reinterpret_cast<const Lanes*>(panel);
+  right = *reinterpret_cast<const Lanes*>(panel + 8);
+}
+
+// Eight words of two bfloat16: column j below column j + 8. A bfloat16 is the upper half of
+// the float32 of the same value, so both vectors are exact.
+inline void load(const int32_t* panel, Lanes& left, Lanes& right) {
+  const Ints words = *reinterpret_cast<const Ints*>(panel);
+  left = (Lanes)(words << 16);
+  right = (Lanes)(words & (int32_t)0xffff0000);
+}
+
 // out[r][0..16) (+)= sum over k of a[r][k] * b[k][0..16). The order of each row's sum does
 // not depend on R, so a row's result does not depend on how many rows come with it.
-template <int R, bool kAdd>
-void product(const float* __restrict a, long a_stride, const float* __restrict b, long b_stride,
+template <int R, bool kAdd, class Weight>
+void product(const float* __restrict a, long a_stride, const Weight* __restrict b, long b_stride,
              long depth, float* __restrict out, long out_stride) {
   Lanes left[R], right[R];
 #pragma GCC unroll 8
@@ -30,9 +44,9 @@ void product(const float* __restrict a, long a_stride, const float* __restrict b
     right[r] = kAdd ? *reinterpret_cast<const Lanes*>(row + 8) : Lanes{};
   }
   for (long k = 0; k < depth; k++) {
-    const float* weights = b + k * b_stride;
-    const Lanes p = *reinterpret_cast<const Lanes*>(weights);
-    const Lanes q = *reinterpret_cast<const Lanes*>(weights + 8);
+    const Weight* weights = b + k * b_stride;
+    Lanes p, q;
+    load(weights, p, q);
     __builtin_prefetch(weights + 512);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -48,11 +62,33 @@ void product(const float* __restrict a, long a_stride, const float* __restrict b
   }
 }
 
-using Product = void (*)(const float*, long, const float*, long, long, float*, long);
-constexpr Product kStore[] = {product<1, false>, product<2, false>, product<3, false>,
-                              product<4, false>, product<5, false>, product<6, false>};
-constexpr Product kAdd[] = {product<1, true>, product<2, true>, product<3, true>,
-                            product<4, true>, product<5, true>, product<6, true>};
+template <class Weight>
+using Product = void (*)(const float*, long, const Weight*, long, long, float*, long);
+template <bool kAdd, class Weight>
+constexpr Product<Weight> kProducts[] = {
+    product<1, kAdd, Weight>, product<2, kAdd, Weight>, product<3, kAdd, Weight>,
+    product<4, kAdd, Weight>, product<5, kAdd, Weight>, product<6, kAdd, Weight>};
+
+// out [rows, width] = a [rows, depth] times panels [width / 16, depth, stride].
+// A panel is read from memory once; further groups of rows find it in the cache.
+template <class Weight, long kStride>
+void multiply(const float* a, long rows, const Weight* panels, long depth, float* out,
+              long width) {
+  const long count = width / kPanel, groups = (rows + kRows - 1) / kRows;
+#pragma omp parallel
+  {
+    const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const long end = count * (thread + 1) / threads;
+    for (long panel = count * thread / threads; panel < end; panel++) {
+      const Weight* weights = panels + panel * depth * kStride;
+      for (long group = 0; group < groups; group++) {
+        const long first = rows * group / groups, size = rows * (group + 1) / groups - first;
+        kProducts<false, Weight>[size - 1](a + first * depth, depth, weights, kStride, depth,
+                                           out + first * width + panel * kPanel, width);
+      }
+    }
+  }
+}
 
 // exp(x) for x <= 0, relative error below 2e-7: 2^n times a polynomial on half an octave.
 inline Lanes exponential(Lanes x) {
@@ -94,24 +130,16 @@ void softmax(float* scores, long keys, long rows_of_tree, uint64_t mask) {
 
 }  // namespace
 
-// out [rows, width] = a [rows, depth] times panels [width / 16, depth, 16].
-// A panel is read from memory once; further groups of rows find it in the cache.
+// Panels of float32 [width / 16, depth, 16].
 extern "C" void rows_product(const float* a, long rows, const float* panels, long depth,
                              float* out, long width) {
-  const long count = width / kPanel, groups = (rows + kRows - 1) / kRows;
-#pragma omp parallel
-  {
-    const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const long end = count * (thread + 1) / threads;
-    for (long panel = count * thread / threads; panel < end; panel++) {
-      const float* weights = panels + panel * depth * kPanel;
-      for (long group = 0; group < groups; group++) {
-        const long first = rows * group / groups, size = rows * (group + 1) / groups - first;
-        kStore[size - 1](a + first * depth, depth, weights, kPanel, depth,
-                         out + first * width + panel * kPanel, width);
-      }
-    }
-  }
+  multiply<float, kPanel>(a, rows, panels, depth, out, width);
+}
+
+// Panels of bfloat16 pairs [width / 16, depth, 8].
+extern "C" void rows_product_halves(const float* a, long rows, const int32_t* panels, long depth,
+                                    float* out, long width) {
+  multiply<int32_t, kPanel / 2>(a, rows, panels, depth, out, width);
 }
 
 // One step's tree requests, as cpu_tree_rows.py lays it out: 64-bit words.
@@ -155,7 +183,7 @@ extern "C" void tree_rows_attention(const TreeStep* step, const float* query, lo
         }
         for (long s = 0; s < keys; s += kPanel) {
           const float* block = cache + table[s / slots] * block_stride + head * 2 * half;
-          kStore[n - 1](queries, size, block + s % slots, slots, size, scores + s, width);
+          kProducts<false, float>[n - 1](queries, size, block + s % slots, slots, size, scores + s, width);
         }
         for (long m = 0; m < n; m++)
           softmax(scores + m * width, keys, tree,
@@ -164,7 +192,7 @@ extern "C" void tree_rows_attention(const TreeStep* step, const float* query, lo
           const float* values = cache + table[s / slots] * block_stride + head * 2 * half + half;
           const long depth = keys - s < slots ? keys - s : slots;
           for (long d = 0; d < size; d += kPanel)
-            kAdd[n - 1](scores + s, width, values + d, size, depth, mixed + d, size);
+            kProducts<true, float>[n - 1](scores + s, width, values + d, size, depth, mixed + d, size);
         }
         for (long m = 0; m < n; m++) {
           const long row = first + (low + m) / group, column = head * group + (low + m) % group;
