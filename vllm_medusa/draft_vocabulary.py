@@ -18,11 +18,14 @@ from vllm_medusa.head_weights import HeadWeights
 # On a CPU, where the product waits for memory: 2.9 of 38 ms of a step of SmolLM2-135M on two
 # Zen 3 cores. A GPU hides it behind its launches.
 CPU_SHARE = 4
+# Smaller vocabularies are cheap, and a tree may ask for as many ranks.
+LEAST_SIZE = 4096
 
 
 def default_size(device_type: str, vocab_size: int) -> int | None:
     """Ids that heads with a shared lm_head score on a device; None: all."""
-    return vocab_size // CPU_SHARE if device_type == "cpu" else None
+    size = vocab_size // CPU_SHARE
+    return size if device_type == "cpu" and size >= LEAST_SIZE else None
 
 
 def cut_lm_head(weights: HeadWeights, target: Any, size: int | None) -> HeadWeights:
@@ -33,7 +36,7 @@ def cut_lm_head(weights: HeadWeights, target: Any, size: int | None) -> HeadWeig
     weights : HeadWeights
         Returned as they are with lm_heads of their own, or with a map for each head.
     target : torch.nn.Module
-        The loaded model; where its lm_head is sharded or quantised nothing is cut.
+        The loaded model; where its lm_head is sharded, quantised or has a bias nothing is cut.
     size : int or None
         Score the first ``size`` ids if the checkpoint names no subset.
     """
@@ -43,7 +46,7 @@ def cut_lm_head(weights: HeadWeights, target: Any, size: int | None) -> HeadWeig
         return weights
     if weights.token_map is not None:
         ids = weights.token_map[0]
-    elif size is not None and size < lm_head.shape[0]:
+    elif size is not None and size < spec.vocab_size:
         ids = torch.arange(size)
     else:
         return weights
@@ -59,8 +62,11 @@ def cut_lm_head(weights: HeadWeights, target: Any, size: int | None) -> HeadWeig
 
 def _whole_lm_head(target: Any, vocab_size: int | None, hidden_size: int) -> torch.Tensor | None:
     """[>= vocab_size, hidden_size] of the target, where this rank holds all of it as floats."""
-    weight = getattr(getattr(target, "lm_head", None), "weight", None)
+    lm_head = getattr(target, "lm_head", None)
+    weight = getattr(lm_head, "weight", None)
     if weight is None or vocab_size is None or not weight.is_floating_point():
+        return None
+    if getattr(lm_head, "bias", None) is not None:
         return None
     whole = weight.ndim == 2 and weight.shape[0] >= vocab_size and weight.shape[1] == hidden_size
     return weight.data if whole else None

@@ -131,7 +131,8 @@ def prepare_engine_args(engine_args: Any) -> None:
 
 def finish_config(vllm_config: Any) -> None:
     """Name our worker and scheduler, and refuse what a tree cannot serve yet."""
-    if vllm_config.speculative_config is None:  # plain decoding is faster here
+    if vllm_config.speculative_config is None:  # no tree pays on this CPU
+        prepare_other_engine()
         return
     worker = vllm_config.parallel_config.worker_cls
     if worker in STOCK_WORKERS:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -20,6 +21,8 @@ from vllm_medusa.tree_batch import TreeBatch
 
 if TYPE_CHECKING:
     from vllm_medusa.verification_step import VerificationStep
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class MedusaProposer(DraftModelSpeculator):
@@ -76,11 +79,14 @@ class MedusaProposer(DraftModelSpeculator):
             dtype=self.dtype,
             base_model=model_config.model,
         )
-        weights = cut_lm_head(
-            weights.first_heads(self.num_heads),
-            target_model,
-            self.speculative_config.draft_vocab_size,
-        )
+        size = self.speculative_config.draft_vocab_size
+        weights = cut_lm_head(weights.first_heads(self.num_heads), target_model, size)
+        if size is not None and weights.lm_head is None:
+            logger.info(
+                "Medusa: the heads score all ids, not the first %d: the target's lm_head is "
+                "sharded, quantised or has a bias",
+                size,
+            )
         heads = MedusaHeads.from_weights(weights, self.device)
         if self.device.type == "cpu":
             from vllm_medusa.cpu_linear import pack_lm_head
