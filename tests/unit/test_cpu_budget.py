@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from vllm_medusa.cpu_costs import RowCosts
 # Shares of SmolLM2-135M's calibrated tree, best first.
 SHARES = [0.468, 0.189, 0.109, 0.080, 0.055, 0.050, 0.038, 0.035, 0.026, 0.026, 0.025, 0.020]
 ROWS = cpu_costs.TREE_ROWS
-FLAT = {m: 1.0 for m in ROWS}
+FLAT = dict.fromkeys(ROWS, 1.0)
 EACH_ANEW = {m: float(m) for m in ROWS}
 # Six at a time, as the row product does it on AVX2.
 STAIRS = {m: float(-(-m // 6)) for m in ROWS}
@@ -78,9 +79,8 @@ def test_measured_once_and_kept(monkeypatch, tmp_path):
 
     def run(command, **options):
         calls.append(command)
-        record = command[command.index("vllm_medusa.cpu_costs") + 1]
-        with open(record, "w") as file:
-            json.dump([{"1": 1.0}, {"1": 0.5, "6": 0.75}], file)
+        record = Path(command[command.index("vllm_medusa.cpu_costs") + 1])
+        record.write_text(json.dumps([{"1": 1.0}, {"1": 0.5, "6": 0.75}]))
 
     monkeypatch.setattr(subprocess, "run", run)
     for _ in range(2):
