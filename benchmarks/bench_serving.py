@@ -207,7 +207,11 @@ def main() -> None:
     plain = {"per_request_spec_decode_metrics": "none"}
     extras: dict[str, dict] = {"plain": plain, "medusa": {"speculative_config": speculative}}
     if args.row_products:
-        extras["row products"] = plain | {"worker_cls": "row_product_worker.RowProductWorker"}
+        extras["row products"] = plain | {
+            "worker_cls": "row_product_worker.RowProductWorker",
+            # vLLM's compiled graphs are kept under a hash that leaves the worker out.
+            "additional_config": {"products": "rows"},
+        }
     sides: dict[str, EngineProcess] = {}
     try:
         for name, extra in extras.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +83,7 @@ def make_dispatch(original: Callable) -> Callable:
         panels, handler = cpu_rows.pack(weight), many_rows.handler_tensor
         # oneDNN's copy is freed with the Python object that stands for it.
         layer.many_rows_product = many_rows
+        layer.panels_dtype = panels.dtype
         if remove_weight:
             layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 
@@ -90,6 +93,16 @@ def make_dispatch(original: Callable) -> Callable:
         layer.cpu_linear = cpu_linear
 
     return dispatch
+
+
+def packed_layers(model: torch.nn.Module) -> str:
+    """A digest of which layers multiply by panels, and of the panels' dtypes."""
+    found = {
+        name: str(layer.panels_dtype)
+        for name, layer in model.named_modules()
+        if hasattr(layer, "panels_dtype")
+    }
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def pack_lm_head(heads: MedusaHeads) -> None:

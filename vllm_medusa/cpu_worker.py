@@ -24,6 +24,7 @@ class MedusaCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
             return
         with vllm_seams.cpu_product_dispatch(cpu_linear.make_dispatch):
             super().load_model(*args, **kwargs)
+        self.speculative_config.packed_layers = cpu_linear.packed_layers(self.model)
 
 
 class MedusaCPUWorker(CPUWorker):

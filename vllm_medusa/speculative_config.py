@@ -52,6 +52,9 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     """Heads that the tree reaches (its depth), never more than the file holds."""
     draft_vocab_size: int | None = None
     """First ids that heads with a shared lm_head score; None: all."""
+    packed_layers: str = ""
+    """Which of the target's layers multiply by the row product, and over what; set by the worker
+    once they are loaded."""
 
     def __post_init__(self):
         self.method = "ngram_gpu"
@@ -59,6 +62,14 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         self.method = MEDUSA_METHOD
         self.prompt_lookup_min = self.prompt_lookup_max = 0
         return self
+
+    def compute_hash(self) -> str:
+        """Also tell apart targets whose layers call different products.
+
+        vLLM keeps compiled graphs under this hash; one that another compiler's absence, or
+        another checkpoint of the same shape, left behind would call products that are not there.
+        """
+        return f"{super().compute_hash()}{self.packed_layers}"
 
     @property
     def token_tree(self) -> TokenTree:

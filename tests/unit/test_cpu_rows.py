@@ -152,6 +152,19 @@ def test_other_layers_keep_the_stock_choice(layer):
 
 
 @needs_compiler
+def test_digest_tells_products_apart():
+    _, whole = case("model", 1, torch.float32)
+    _, halves = case("model", 1, torch.bfloat16)
+    digests = set()
+    for weights in ((), (whole,), (halves,), (halves, whole), (whole, halves)):
+        layers = [Layer(weight.clone()) for weight in weights]
+        for layer in layers:
+            cpu_linear.make_dispatch(stock_choice)(layer, remove_weight=True)
+        digests.add(cpu_linear.packed_layers(torch.nn.ModuleList(layers)))
+    assert len(digests) == 5
+
+
+@needs_compiler
 def test_one_operation_that_torch_compile_keeps():
     x, weight = case("model", 6, torch.float32)
     layer = Layer(weight)
