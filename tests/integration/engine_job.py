@@ -3,7 +3,7 @@
     python engine_job.py JOB.json RESULT.json
 
 JOB: {"engine": {LLM arguments}, "plain_v2": bool, "batches": [{"prompts": [[ids]],
-"sampling": [{...}]}], "break": null | "compaction" | "rope", "whole_steps": bool,
+"sampling": [{...}]}], "break": null | "compaction" | "rope" | "row kernels", "whole_steps": bool,
 "count_row_products": bool}.  The result
 holds token ids, logprobs, spec-decode counters and the classes that really ran.
 """
@@ -135,6 +135,13 @@ def break_something(part: str) -> None:
         from vllm_medusa.compaction import PathCompactor
 
         PathCompactor.compact = lambda *args, **kwargs: None
+    elif part == "row kernels":
+        from vllm_medusa import cpu_rows
+
+        def load(folder):
+            raise OSError("taken out")
+
+        cpu_rows.load = load
     elif part == "rope":
         from vllm_medusa import runner
 
