@@ -14,7 +14,7 @@ TREE_OVERHEAD = 0.18
 # Answers to chat questions accept less than the long texts of calibration: depth 1 of the
 # shipped heads' 8 best nodes 0.57 to 0.60 of the steps against 0.67.
 SERVED_SHARE = 0.8
-# Below this promise Medusa stays off; a measurement on a busy machine errs by less.
+# Below this promise Medusa stays off. The margin is for the shares above and for timings.
 LEAST_PROMISE = 0.9
 # Larger batches take the nodes of this one.
 LARGEST_BATCH = 64

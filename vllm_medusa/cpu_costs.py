@@ -29,7 +29,9 @@ PLAIN_ROWS = (1, 2, 4, 8, 16, 32)
 ROUNDS = 5
 # Beyond the last-level cache of any one socket's share; timed in tens of milliseconds.
 STACK_BYTES = 192 << 20
-MEASURE_TIMEOUT_S = 180
+MEASURE_TIMEOUT_S = 60
+# Further apart than this in the wrong order, two timings tell of other work on the machine.
+MOST_DISORDER = 1.5
 
 
 class RowCosts(NamedTuple):
@@ -58,7 +60,8 @@ def machine_costs(
     Returns
     -------
     RowCosts or None
-        None where the measurement failed.
+        None where the measurement failed, or where the machine was too busy for one; then
+        nothing is kept and the next start tries again.
     """
     names = [str(d).removeprefix("torch.") for d in (dtype, stored)]
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -89,7 +92,13 @@ def measure_costs(
     stored: torch.dtype,
     kernels: cpu_rows.RowKernels | None,
 ) -> RowCosts:
-    """Time a stack of products by number of rows; the best of a few rounds, side by side."""
+    """Time a stack of products by number of rows; the best of a few rounds, side by side.
+
+    Raises
+    ------
+    ValueError
+        When the timings contradict each other.
+    """
     shape = (4 * hidden_size, hidden_size)
     count = max(1, STACK_BYTES // (shape[0] * shape[1] * dtype.itemsize))
     # A third has all the digits of its dtype.
@@ -107,11 +116,34 @@ def measure_costs(
             for product in products:
                 product(x)
             best[index] = min(best[index], time.perf_counter() - start)
-    in_units = [seconds / best[0] for seconds in best]
-    return RowCosts(
-        dict(zip(PLAIN_ROWS, in_units, strict=False)),
-        dict(zip(TREE_ROWS, in_units[len(PLAIN_ROWS) :], strict=True)),
-    )
+    plain_best = in_order(dict(zip(PLAIN_ROWS, best, strict=False)))
+    tree_best = in_order(dict(zip(TREE_ROWS, best[len(PLAIN_ROWS) :], strict=True)))
+    unit = plain_best[1]
+    return RowCosts(*({m: s / unit for m, s in part.items()} for part in (plain_best, tree_best)))
+
+
+def in_order(times: dict[int, float]) -> dict[int, float]:
+    """Timings by ascending rows in which fewer rows never cost more, as they could be padded.
+
+    Raises
+    ------
+    ValueError
+        When they are further out of order than noise puts them.
+
+    Examples
+    --------
+    >>> in_order({1: 2.2, 2: 2.0, 6: 3.0})
+    {1: 2.0, 2: 2.0, 6: 3.0}
+    """
+    ordered, least = {}, float("inf")
+    for rows, seconds in sorted(times.items(), reverse=True):
+        if seconds > MOST_DISORDER * least:
+            raise ValueError(
+                f"{rows} rows took {seconds / least:.1f} times as long as more of them: the "
+                "machine is too busy to measure products"
+            )
+        least = ordered[rows] = min(least, seconds)
+    return dict(sorted(ordered.items()))
 
 
 def _stock_product(weight: torch.Tensor) -> Callable[[torch.Tensor], Any]:

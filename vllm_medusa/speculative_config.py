@@ -207,7 +207,10 @@ def budget_for_machine(tree_file: Path | None, num_heads: int, model: Any) -> Bu
         model.dtype,
         stored if isinstance(stored, torch.dtype) else model.dtype,
     )
-    return None if costs is None else choose_budget(tree.metadata["frequencies"], costs)
+    if costs is None:
+        logger.info("Medusa: could not measure this CPU's products (busy?), default budget taken")
+        return None
+    return choose_budget(tree.metadata["frequencies"], costs)
 
 
 def _cut_to_machine(

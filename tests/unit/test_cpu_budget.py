@@ -67,11 +67,20 @@ def test_measured_costs(dtype, monkeypatch):
     if current_platform.is_cpu():
         current_platform.import_kernels()
     monkeypatch.setattr(cpu_costs, "STACK_BYTES", 1 << 20)
+    # Microseconds here, beside other tests: order is none of this test's business.
+    monkeypatch.setattr(cpu_costs, "MOST_DISORDER", float("inf"))
     measured = cpu_costs.measure_costs(64, dtype, torch.bfloat16, None)
     assert measured.plain[1] == 1.0
     assert tuple(measured.plain) == cpu_costs.PLAIN_ROWS
     assert tuple(measured.tree) == ROWS
     assert all(cost > 0 for part in measured for cost in part.values())
+    assert list(measured.tree.values()) == sorted(measured.tree.values())
+
+
+def test_timings_in_order():
+    assert cpu_costs.in_order({1: 2.2, 2: 2.0, 6: 3.0}) == {1: 2.0, 2: 2.0, 6: 3.0}
+    with pytest.raises(ValueError, match=r"1 rows took 7\.2 times as long"):
+        cpu_costs.in_order({1: 1.0, 2: 0.138, 4: 0.34})
 
 
 def test_measured_once_and_kept(monkeypatch, tmp_path):
