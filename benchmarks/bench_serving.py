@@ -44,6 +44,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=None)
     parser.add_argument(
+        "--row-products",
+        action="store_true",
+        help="on a CPU: a third side, plain vLLM with the products that Medusa brings",
+    )
+    parser.add_argument(
         "--kv-cache-gb",
         type=float,
         default=None,
@@ -134,13 +139,9 @@ def agreement(plain: dict, medusa: dict, judge: EngineProcess) -> dict[str, Any]
     }
 
 
-def speed(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Output tokens per second over rounds."""
-    rates = []
-    for run in runs:
-        tokens = sum(len(o["token_ids"]) for answers in run["answers"] for o in answers)
-        rates.append(tokens / run["seconds"])
-    return spread(rates)
+def tokens_per_second(run: dict[str, Any]) -> float:
+    """Output tokens per second of one round."""
+    return sum(len(o["token_ids"]) for a in run["answers"] for o in a) / run["seconds"]
 
 
 def measure(
@@ -154,20 +155,25 @@ def measure(
         order = list(sides) if round_index % 2 == 0 else list(sides)[::-1]
         for name in order:
             runs[name].append(answer(sides[name], questions, args, level))
-            tokens = sum(len(o["token_ids"]) for a in runs[name][-1]["answers"] for o in a)
-            rate = tokens / runs[name][-1]["seconds"]
+            rate = tokens_per_second(runs[name][-1])
             print(f"concurrency {level} round {round_index} {name}: {rate:.1f} tok/s", flush=True)
-    plain, medusa = speed(runs["plain"]), speed(runs["medusa"])
-    ratios = [
-        (p["seconds"] / sum(len(o["token_ids"]) for a in p["answers"] for o in a))
-        / (m["seconds"] / sum(len(o["token_ids"]) for a in m["answers"] for o in a))
-        for p, m in zip(runs["plain"], runs["medusa"], strict=True)
-    ]
+    rates = {name: [tokens_per_second(run) for run in own] for name, own in runs.items()}
+
+    def speedup_over(name: str) -> dict[str, Any]:
+        return spread([m / p for m, p in zip(rates["medusa"], rates[name], strict=True)])
+
+    row_products = {}
+    if "row products" in rates:
+        row_products = {
+            "row_products_tokens_per_s": spread(rates["row products"]),
+            "speedup_over_row_products": speedup_over("row products"),
+        }
     return {
         "concurrency": level,
-        "plain_tokens_per_s": plain,
-        "medusa_tokens_per_s": medusa,
-        "speedup": spread(ratios),
+        "plain_tokens_per_s": spread(rates["plain"]),
+        "medusa_tokens_per_s": spread(rates["medusa"]),
+        "speedup": speedup_over("plain"),
+        **row_products,
         "acceptance": acceptance(questions, runs["medusa"][-1]),
         "agreement": agreement(runs["plain"][-1], runs["medusa"][-1], sides["plain"])
         if args.temperature == 0
@@ -198,11 +204,18 @@ def main() -> None:
         speculative["tree"] = args.tree
     if args.nodes is not None:
         speculative["num_speculative_tokens"] = args.nodes
+    plain = {"per_request_spec_decode_metrics": "none"}
+    extras: dict[str, dict] = {"plain": plain, "medusa": {"speculative_config": speculative}}
+    if args.row_products:
+        extras["row products"] = plain | {
+            "worker_cls": "row_product_worker.RowProductWorker",
+            # vLLM's compiled graphs are kept under a hash that leaves the worker out.
+            "additional_config": {"products": "rows"},
+        }
     sides: dict[str, EngineProcess] = {}
     try:
-        for name, extra in (("plain", {}), ("medusa", {"speculative_config": speculative})):
-            plain_only = {} if extra else {"per_request_spec_decode_metrics": "none"}
-            sides[name] = EngineProcess(name, common | extra | plain_only)
+        for name, extra in extras.items():
+            sides[name] = EngineProcess(name, common | extra)
             if args.kv_cache_gb is None:
                 # One after the other: each profiles free memory while it starts.
                 sides[name].wait_ready()

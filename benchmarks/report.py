@@ -34,8 +34,16 @@ def device(record: dict[str, Any]) -> str:
 def serving_section(path: Path) -> str:
     """Plain vLLM against Medusa on MT-Bench."""
     record = json.loads(path.read_text())
-    rows = []
+    rows, notes = [], []
     for result in record["results"]:
+        if "row_products_tokens_per_s" in result:
+            own = result["row_products_tokens_per_s"]["median"]
+            notes.append(
+                f"Plain vLLM with the row product of this project, {result['concurrency']} "
+                f"request(s) at once: {own:.1f} tok/s, "
+                f"{own / result['plain_tokens_per_s']['median']:.2f} times stock; Medusa is "
+                f"{result['speedup_over_row_products']['median']:.2f} times as fast as that.\n\n"
+            )
         acceptance = result["acceptance"]
         plain, medusa = result["plain_tokens_per_s"], result["medusa_tokens_per_s"]
         ratio = result["speedup"]
@@ -61,7 +69,8 @@ def serving_section(path: Path) -> str:
         f"{record['turns']} turn(s), at most {record['max_tokens']} tokens, temperature "
         f"{record['temperature']:g}, medians of {record['rounds']} interleaved rounds (extremes in "
         f"brackets); commit {commit[:10]}, `{path.relative_to(ROOT)}`:\n\n"
-        f"{table(header, rows)}\n\nTokens per step by category: {by_category}.{agreement(record)}"
+        f"{table(header, rows)}\n\n{''.join(notes)}Tokens per step by category: {by_category}."
+        f"{agreement(record)}"
         f"\n\n`{shown_command(record)}`"
     )
 

@@ -13,10 +13,10 @@ MEDUSA_PREFIX = "medusa:"
 # One 64-bit word holds a row's ancestors, so a tree is the root and 63 nodes.
 MAX_TREE_NODES = 63
 
-# An NVIDIA GPU verifies 64 rows of one request at almost the price of one. On two AVX2
-# cores (Zen 3, float32, oneDNN) 1 / 5 / 9 / 13 / 17 rows of SmolLM2-135M's products cost
-# 24 / 29 / 37 / 45 / 47 ms, so the best budget there is where that curve is still flat.
-DEFAULT_NODE_BUDGET = {"cuda": MAX_TREE_NODES, "cpu": 8}
+# An NVIDIA GPU verifies 64 rows of one request at almost the price of one. On a CPU a
+# calibrated tree is cut to what pays there (cpu_budget.py); this is for the others. The row
+# product takes 6 rows at once: on two Zen 3 cores 1 / 6 / 7 rows cost 9 / 10 / 17 ms.
+DEFAULT_NODE_BUDGET = {"cuda": MAX_TREE_NODES, "cpu": 5}
 
 # Rows that a step can verify beside reading the weights once: past about 256 an H100's
 # bf16 products cost more than the weights' way through memory (8B shape). Batches share
@@ -59,6 +59,9 @@ class MedusaOptions:
         Probability that always suffices under typical acceptance.
     typical_delta : float or None
         Factor of ``exp(-entropy)`` there; None takes the square root of epsilon.
+    draft_vocab_size : int or None
+        Heads that share the target's lm_head score its first ids only; 0 means all, None
+        takes a quarter on a CPU and all on a GPU.
     """
 
     model: str
@@ -70,6 +73,7 @@ class MedusaOptions:
     acceptance: str = ACCEPTANCE_RULES[0]
     typical_epsilon: float = TYPICAL_EPSILON
     typical_delta: float | None = None
+    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -90,6 +94,14 @@ class MedusaOptions:
         ):
             raise ValueError(f"medusa: num_heads={self.num_heads!r} must be a positive integer")
         check_acceptance(self.acceptance, self.typical_epsilon, self.typical_delta, "medusa: ")
+        if self.draft_vocab_size is not None and not (
+            isinstance(self.draft_vocab_size, int)
+            and (self.draft_vocab_size == 0 or self.draft_vocab_size >= MAX_TREE_NODES)
+        ):
+            raise ValueError(
+                f"medusa: draft_vocab_size={self.draft_vocab_size!r} is how many ids the heads "
+                f"score and must be 0 (all) or an integer of at least {MAX_TREE_NODES}"
+            )
 
     @property
     def location(self) -> str:

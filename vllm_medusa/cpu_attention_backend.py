@@ -21,8 +21,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_medusa import cpu_tree_rows
 from vllm_medusa.cpu_attention import LayerCache, cache_halves, tree_attention
 from vllm_medusa.cpu_compaction import CPUKVCompactor
+from vllm_medusa.cpu_linear import kernels
 from vllm_medusa.cpu_tree_plan import TreePlan, plan_trees
 from vllm_medusa.vllm_seams import cpu_ops
 
@@ -48,13 +50,16 @@ class TreeCPUAttentionMetadata(CPUAttentionMetadata):
     ----------
     num_tree_tokens : int
         Query rows of the tree requests.
+    step : TreeStep or None
+        The tree requests for layers that the compiled kernel serves.
     trees : dict of int to TreePlan
-        The tree requests, by the layers' sliding window (-1: none); usually one entry.
+        The tree requests for the other layers, by sliding window (-1: none).
     rest : CPUAttentionMetadata or None
         The remaining requests, as a batch of their own.
     """
 
     num_tree_tokens: int = 0
+    step: cpu_tree_rows.TreeStep | None = None
     trees: dict[int, TreePlan] = field(default_factory=dict)
     rest: CPUAttentionMetadata | None = None
 
@@ -73,7 +78,17 @@ class TreeCPUAttentionBuilder(CPUAttentionMetadataBuilder):
             self._set_isa_to_layers(layer_names)
         # One cache group may hold windowed and global layers.
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        self.windows = sorted({layer.impl.sliding_window for layer in layers.values()})
+        impls = [layer.impl for layer in layers.values()]
+        for impl in impls:
+            impl.one_call = self._serves_in_one_call(impl)
+        self.windows = sorted({impl.sliding_window for impl in impls if not impl.one_call})
+        self.one_call = any(impl.one_call for impl in impls)
+
+    def _serves_in_one_call(self, impl: TreeCPUAttentionImpl) -> bool:
+        if impl.logits_soft_cap or impl.sinks is not None or impl.sliding_window > 0:
+            return False
+        shape = (self.kv_cache_spec.dtype, self.head_dim, self.block_size)
+        return cpu_tree_rows.can_attend(*shape) and kernels() is not None
 
     def build(
         self,
@@ -105,6 +120,18 @@ class TreeCPUAttentionBuilder(CPUAttentionMetadataBuilder):
             )
             for window in self.windows
         }
+        step = None
+        if self.one_call:
+            step = cpu_tree_rows.TreeStep(
+                starts[: num_tree_reqs + 1].numpy(),
+                common.seq_lens[:num_tree_reqs].numpy(),
+                common.block_table_tensor[:num_tree_reqs].numpy(),
+                self.tree_batch.step_masks[:num_tree_reqs].numpy(),
+                num_kv_heads=self.num_kv_heads,
+                group=self.num_heads // self.num_kv_heads,
+                head_size=self.head_dim,
+                block_size=self.block_size,
+            )
         num_tree_tokens = int(starts[num_tree_reqs])
         rest = None
         if num_tree_tokens < common.num_actual_tokens:
@@ -119,6 +146,7 @@ class TreeCPUAttentionBuilder(CPUAttentionMetadataBuilder):
             slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
             num_tree_tokens=num_tree_tokens,
+            step=step,
             trees=trees,
             rest=rest,
         )
@@ -206,6 +234,8 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 f"kv_cache_dtype={self.kv_cache_dtype!r}; use 'auto'"
             )
         self.layer_cache: LayerCache | None = None
+        # Set by the builder: whether the compiled kernel computes this layer's trees.
+        self.one_call = False
         if self.attn_type != AttentionType.DECODER:
             raise ValueError(
                 f"Medusa runs decoder-only models on a CPU, found attention type {self.attn_type!r}"
@@ -242,6 +272,9 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 output_scale,
                 output_block_scale,
             )
+        if self.one_call:
+            cpu_tree_rows.tree_attention(kernels(), output, query, kv_cache, meta.step, self.scale)
+            return output
         if self.layer_cache is None or self.layer_cache.source is not kv_cache:
             self.layer_cache = LayerCache(kv_cache)
         tree_attention(

@@ -8,7 +8,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
-from vllm_medusa import vllm_seams
+from vllm_medusa import cpu_linear, vllm_seams
 from vllm_medusa.cpu_kernels.v2_runner import enable_v2_runner
 from vllm_medusa.front_end import CPU_BACKEND
 from vllm_medusa.runner import TreeRunnerMixin
@@ -16,6 +16,15 @@ from vllm_medusa.runner import TreeRunnerMixin
 
 class MedusaCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
     """The V2 runner on a CPU."""
+
+    def load_model(self, *args, **kwargs) -> None:
+        """Load the target with products that verify a few rows at the price of one."""
+        if cpu_linear.kernels() is None:
+            super().load_model(*args, **kwargs)
+            return
+        with vllm_seams.cpu_product_dispatch(cpu_linear.make_dispatch):
+            super().load_model(*args, **kwargs)
+        self.speculative_config.packed_layers = cpu_linear.packed_layers(self.model)
 
 
 class MedusaCPUWorker(CPUWorker):

@@ -66,7 +66,7 @@ def is_medusa_request(engine_args: Any) -> bool:
 
 def create_config(
     engine_args: Any, target_model_config: Any, target_parallel_config: Any
-) -> MedusaSpeculativeConfig:
+) -> MedusaSpeculativeConfig | None:
     """Build the speculative config, honouring vLLM's ``--spec-*`` short forms."""
     given = dict(engine_args.speculative_config or {})
     for flag, key, value in (
@@ -131,6 +131,9 @@ def prepare_engine_args(engine_args: Any) -> None:
 
 def finish_config(vllm_config: Any) -> None:
     """Name our worker and scheduler, and refuse what a tree cannot serve yet."""
+    if vllm_config.speculative_config is None:  # no tree pays on this CPU
+        prepare_other_engine()
+        return
     worker = vllm_config.parallel_config.worker_cls
     if worker in STOCK_WORKERS:
         vllm_config.parallel_config.worker_cls = (

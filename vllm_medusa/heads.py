@@ -54,6 +54,8 @@ class MedusaHeads(nn.Module):
         if spec.num_token_maps:
             ids = torch.arange(spec.vocab_subset_size, device=device)
             self.token_map = ids.repeat(spec.num_token_maps, 1)
+        # [m, hidden_size] -> [m, output_size]: a faster product of a common lm_head
+        self.lm_head_product: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @classmethod
     def from_weights(
@@ -230,6 +232,9 @@ class MedusaHeads(nn.Module):
         if self.lm_head_down is not None:
             # [num_heads, num_tokens, rank]
             states = torch.bmm(states, self.lm_head_down.transpose(1, 2))
+        if self.lm_head_product is not None:
+            rows = states.transpose(0, 1)
+            return self.lm_head_product(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         return _apply_lm_head(states, self.lm_head)
 
 

@@ -9,17 +9,21 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_medusa.checkpoint import load_heads
+from vllm_medusa.draft_vocabulary import cut_lm_head
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.sequential_draft import SequentialDrafter
 from vllm_medusa.tree_batch import TreeBatch
 
 if TYPE_CHECKING:
     from vllm_medusa.verification_step import VerificationStep
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class MedusaProposer(DraftModelSpeculator):
@@ -76,7 +80,19 @@ class MedusaProposer(DraftModelSpeculator):
             dtype=self.dtype,
             base_model=model_config.model,
         )
-        heads = MedusaHeads.from_weights(weights.first_heads(self.num_heads), self.device)
+        size = self.speculative_config.draft_vocab_size
+        weights = cut_lm_head(weights.first_heads(self.num_heads), target_model, size)
+        if size is not None and weights.lm_head is None:
+            logger.info(
+                "Medusa: the heads score all ids, not the first %d: the target's lm_head is "
+                "sharded, quantised or has a bias",
+                size,
+            )
+        heads = MedusaHeads.from_weights(weights, self.device)
+        if self.device.type == "cpu":
+            from vllm_medusa.cpu_linear import pack_lm_head
+
+            pack_lm_head(heads)
         # Not a submodule: vLLM walks the draft's parameters on reload and sleep.
         object.__setattr__(self, "compute_base_logits", target_model.compute_logits)
         if heads.spec.sequential:

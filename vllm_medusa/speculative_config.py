@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
@@ -30,6 +31,10 @@ from vllm_medusa.config import (
     check_acceptance,
     default_schedule,
 )
+from vllm_medusa.cpu_budget import LEAST_PROMISE, Budget, choose_budget
+from vllm_medusa.cpu_costs import machine_costs
+from vllm_medusa.draft_vocabulary import default_size
+from vllm_medusa.head_weights import HeadSpec
 from vllm_medusa.tree import TokenTree
 
 logger = init_logger(f"vllm.{__name__}")
@@ -54,6 +59,11 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     typical_epsilon: float = TYPICAL_EPSILON
     """Parameters of typical acceptance for requests that bring none of their own."""
     typical_delta: float = math.sqrt(TYPICAL_EPSILON)
+    draft_vocab_size: int | None = None
+    """First ids that heads with a shared lm_head score; None: all."""
+    packed_layers: str = ""
+    """Which of the target's layers multiply by the row product, and over what; set by the worker
+    once they are loaded."""
 
     def __post_init__(self):
         self.method = "ngram_gpu"
@@ -61,6 +71,14 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         self.method = MEDUSA_METHOD
         self.prompt_lookup_min = self.prompt_lookup_max = 0
         return self
+
+    def compute_hash(self) -> str:
+        """Also tell apart targets whose layers call different products.
+
+        vLLM keeps compiled graphs under this hash; one that another compiler's absence, or
+        another checkpoint of the same shape, left behind would call products that are not there.
+        """
+        return f"{super().compute_hash()}{self.packed_layers}"
 
     @property
     def token_tree(self) -> TokenTree:
@@ -151,10 +169,89 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def choose_draft_vocabulary(options: MedusaOptions, spec: HeadSpec) -> int | None:
+    """Ids that heads with the target's lm_head score: asked for, else what the device wants.
+
+    Raises
+    ------
+    ValueError
+        When the heads bring the choice with them, or the target has fewer ids.
+    """
+    asked = options.draft_vocab_size
+    if spec.own_lm_head or spec.vocab_subset_size is not None:
+        if asked:
+            raise ValueError(
+                f"medusa: draft_vocab_size={asked}, but {options.model} brings an lm_head or a "
+                "vocabulary subset of its own; leave it out"
+            )
+        return None
+    if asked is not None and asked > spec.vocab_size:
+        raise ValueError(
+            f"medusa: draft_vocab_size={asked} but the target has {spec.vocab_size} ids"
+        )
+    if asked is None:
+        return default_size(current_platform.device_type, spec.vocab_size)
+    return asked or None
+
+
+def budget_for_machine(tree_file: Path | None, num_heads: int, model: Any) -> Budget | None:
+    """Nodes that pay on this CPU, by batch size; None where the tree or the machine tells nothing.
+
+    Parameters
+    ----------
+    tree_file : pathlib.Path or None
+        Of a calibrated tree: it knows how often a path holds each of its nodes.
+    num_heads : int
+        Heads available to the tree.
+    model : vllm.config.ModelConfig
+        The target's.
+    """
+    tree = None if tree_file is None else TokenTree.load(tree_file)
+    if tree is None or not tree.metadata.get("frequencies") or tree.max_depth > num_heads:
+        return None
+    stored = getattr(model.hf_config, "dtype", None)
+    costs = machine_costs(
+        Path(envs.VLLM_CACHE_ROOT) / "vllm_medusa",
+        model.get_hidden_size(),
+        model.dtype,
+        stored if isinstance(stored, torch.dtype) else model.dtype,
+    )
+    if costs is None:
+        logger.info("Medusa: could not measure this CPU's products (busy?), default budget taken")
+        return None
+    return choose_budget(tree.metadata["frequencies"], costs)
+
+
+def _cut_to_machine(
+    tree: TokenTree, tree_file: Path, budget: Budget, dtype: torch.dtype
+) -> TokenTree | None:
+    """The calibrated tree with the budget's nodes; None, with a warning, where it would lose."""
+    if budget.speedup >= LEAST_PROMISE:
+        logger.info(
+            "Medusa: %d nodes promise %.2f times the speed on this CPU",
+            budget.nodes,
+            budget.speedup,
+        )
+        return TokenTree.load(tree_file).cut(budget.nodes)
+    logger.warning(
+        "Medusa: on this CPU several rows of %s cost so much more than one that the best tree "
+        "promises %.2f times the speed, so Medusa stays off; num_speculative_tokens turns it on "
+        "(float32 may be the faster dtype here)",
+        dtype,
+        budget.speedup,
+    )
+    return None
+
+
 def create_medusa_config(
     speculative_config: dict[str, Any], target_model_config: Any, target_parallel_config: Any
-) -> MedusaSpeculativeConfig:
+) -> MedusaSpeculativeConfig | None:
     """Build the config from a user's dictionary and the target's configs.
+
+    Returns
+    -------
+    MedusaSpeculativeConfig or None
+        None where no tree would pay: on a CPU whose products cost each row anew.
 
     Raises
     ------
@@ -186,6 +283,15 @@ def create_medusa_config(
             )
         num_heads = options.num_heads
     tree = choose_tree(options, num_heads, heads.tree_path)
+    schedule = choose_schedule(options, tree)
+    free = (options.tree, options.num_speculative_tokens, schedule) == (None, None, None)
+    if free and current_platform.is_cpu():
+        budget = budget_for_machine(heads.tree_path, num_heads, target_model_config)
+        if budget is not None:
+            tree = _cut_to_machine(tree, heads.tree_path, budget, target_model_config.dtype)
+            if tree is None:
+                return None
+            schedule = budget.schedule
     logger.info(
         "Medusa: %d heads from %s (format %s), tree of %d nodes and depth %d",
         num_heads,
@@ -202,11 +308,12 @@ def create_medusa_config(
         model=options.location,
         num_speculative_tokens=tree.num_nodes,
         tree_paths=tree.paths,
-        num_speculative_tokens_per_batch_size=choose_schedule(options, tree),
+        num_speculative_tokens_per_batch_size=schedule,
         num_medusa_heads=tree.max_depth,
         acceptance=options.acceptance,
         typical_epsilon=epsilon,
         typical_delta=delta,
+        draft_vocab_size=choose_draft_vocabulary(options, heads.spec),
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )

@@ -34,6 +34,9 @@ selector._cached_get_attn_backend               remembers the backend of an engi
                                                 earlier in this process
 _custom_ops.cpu_attn_reshape_and_cache          writes known rows, to check at start-up that
                                                 the packed CPU cache is laid out as we read it
+layers.utils.dispatch_cpu_unquantized_gemm      the only place where a CPU layer's product is
+                                                chosen; the row product has to be chosen there
+_custom_ops.create_onednn_mm, _C.onednn_mm      what it would have chosen, for many rows
 ==============================================  =====================================
 """
 
@@ -334,6 +337,26 @@ def cpu_ops() -> Any:
     return _custom_ops
 
 
+def make_onednn_product(weight: Any) -> Any | None:
+    """oneDNN's product with a weight [out_features, in_features]; None where it has none.
+
+    The object owns a packed copy; its ``handler_tensor`` is what :func:`onednn_product` takes.
+    """
+    # Shapes whose plans oneDNN keeps, as in vLLM's own layers.
+    num_plans = 32
+    try:
+        return cpu_ops().create_onednn_mm(weight.t(), num_plans)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def onednn_product(out: Any, x: Any, bias: Any | None, handler: Any) -> None:
+    """``x @ weight.T + bias`` into ``out``, all two-dimensional."""
+    import torch
+
+    torch.ops._C.onednn_mm(out, x, bias, handler)
+
+
 def after_prepare_inputs(model_state: Any, action: Callable[[dict, Any], None]) -> None:
     """Let ``action(inputs, input_batch)`` correct what this model state's inputs are."""
     original = model_state.prepare_inputs
@@ -381,3 +404,9 @@ def speculator_factory(factory: Callable) -> contextlib.AbstractContextManager:
 def cpu_runner_class(runner_cls: type) -> contextlib.AbstractContextManager:
     """While active, ``CPUWorker.init_device`` builds ``runner_cls``."""
     return replaced("vllm.v1.worker.cpu.model_runner", "CPUModelRunner", runner_cls)
+
+
+def cpu_product_dispatch(make: Callable[[Callable], Callable]) -> contextlib.AbstractContextManager:
+    """While active, layers that finish loading choose their product with ``make(original)``."""
+    name, module = "dispatch_cpu_unquantized_gemm", "vllm.model_executor.layers.utils"
+    return replaced(module, name, make(getattr(importlib.import_module(module), name)))

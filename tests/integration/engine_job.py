@@ -3,7 +3,8 @@
     python engine_job.py JOB.json RESULT.json
 
 JOB: {"engine": {LLM arguments}, "plain_v2": bool, "batches": [{"prompts": [[ids]],
-"sampling": [{...}]}], "break": null | "compaction" | "rope" | "chains", "whole_steps": bool}.
+"sampling": [{...}]}], "break": null | "compaction" | "rope" | "chains" | "row kernels",
+"whole_steps": bool, "count_row_products": bool}.
 The result holds token ids, logprobs, spec-decode counters and the classes that really ran.
 """
 
@@ -114,6 +115,26 @@ def engine_arguments(job: dict) -> dict:
     return {"skip_tokenizer_init": skip, "disable_log_stats": False, **arguments}
 
 
+def count_row_products() -> dict[str, int]:
+    """Count what the compiled kernels of a CPU do from now on."""
+    from vllm_medusa import cpu_attention_backend, cpu_rows, cpu_tree_rows
+
+    counts = {"products": 0, "tree_attention": 0}
+
+    def counted(name, original):
+        def call(*args):
+            counts[name] += 1
+            return original(*args)
+
+        return call
+
+    cpu_rows.product = counted("products", cpu_rows.product)
+    cpu_attention_backend.cpu_tree_rows.tree_attention = counted(
+        "tree_attention", cpu_tree_rows.tree_attention
+    )
+    return counts
+
+
 def sampling_params(cls, fields: dict):
     """JSON turned a logit bias's token ids into strings, and a grammar into a dictionary."""
     if "structured_outputs" in fields:
@@ -146,6 +167,13 @@ def break_something(part: str) -> None:
         from vllm_medusa.compaction import PathCompactor
 
         PathCompactor.compact = lambda *args, **kwargs: None
+    elif part == "row kernels":
+        from vllm_medusa import cpu_rows
+
+        def load(folder):
+            raise OSError("taken out")
+
+        cpu_rows.load = load
     elif part == "rope":
         from vllm_medusa import runner
 
@@ -181,6 +209,7 @@ def main() -> None:
     if job.get("break"):
         break_something(job["break"])
     whole_steps = count_whole_steps() if job.get("whole_steps") else []
+    row_products = count_row_products() if job.get("count_row_products") else {}
     launches = record_launches() if job.get("record_launches") else {}
     llm = LLM(**engine_arguments(job))
     results = []
@@ -211,6 +240,7 @@ def main() -> None:
                     for kernel, arguments in launches.items()
                 },
                 "whole_steps": len(whole_steps),
+                "row_products": row_products,
                 "worker": f"{type(worker).__module__}.{type(worker).__name__}",
                 "runner": f"{type(runner).__module__}.{type(runner).__name__}",
                 "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,

@@ -23,6 +23,7 @@ TIGHT = {
     "block_size": 32,
 }
 SCHEDULE = [[1, 2, 30], [3, 6, 12], [7, 12, 5], [13, 20, 1], [21, 999, 0]]
+CUT_BY_BATCH = {"num_speculative_tokens": 30, "num_speculative_tokens_per_batch_size": SCHEDULE}
 WIDE = {"max_num_seqs": 32, "enable_prefix_caching": True}
 
 
@@ -77,7 +78,7 @@ def plain_v2(tiny, run_job, seeded_batches) -> dict:
         ("wide tree [4, 2, 1]", {"tree": [4, 2, 1]}, TIGHT),
         ("chain", {"tree": [[0], [0, 0], [0, 0, 0]]}, WIDE),
         ("one node", {"tree": [[0]]}, WIDE),
-        ("tree cut by batch size", {"num_speculative_tokens_per_batch_size": SCHEDULE}, WIDE),
+        ("tree cut by batch size", CUT_BY_BATCH, WIDE),
     ],
 )
 def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, label, extra, limits):
@@ -105,7 +106,7 @@ def test_seeded_sampling_equals_stock_v2_runner(tiny, run_job, seeded_batches, p
 @pytest.mark.parametrize(
     "limits, extra",
     [
-        (WIDE, {"num_speculative_tokens_per_batch_size": SCHEDULE}),
+        (WIDE, CUT_BY_BATCH),
         (TIGHT, {"num_speculative_tokens": 63}),
     ],
     ids=["cut by batch size", "whole trees, tight"],

@@ -38,6 +38,16 @@ EDGES = {
 }
 
 
+@pytest.fixture(params=["compiled", "PyTorch"], autouse=True)
+def way(request, monkeypatch) -> str:
+    """Float32 trees go to the compiled kernel where it is at hand, all others to PyTorch."""
+    if request.param == "compiled" and backend_module.kernels() is None:
+        pytest.skip("no C++ compiler, so nothing compiled to test")
+    if request.param == "PyTorch":
+        monkeypatch.setattr(backend_module, "kernels", lambda: None)
+    return request.param
+
+
 def tree_batch(heads: Heads, block_size: int, contexts, trees, tail=(), **options) -> Batch:
     rows = [len(tree) for tree in trees] + [rows for _, rows in tail]
     return Batch(heads, block_size, [*contexts, *(context for context, _ in tail)], rows, **options)
@@ -81,6 +91,47 @@ def test_other_shapes_and_layouts(heads, block_size, monkeypatch):
     setup = Setup(TreeCPUAttentionBackend, heads, block_size, monkeypatch)
     setup.builder.tree_batch = batch.trees(trees)
     check(setup.attend(batch), batch, trees)
+
+
+@pytest.mark.parametrize(
+    ("heads", "block_size", "options", "served"),
+    [
+        (Heads(), 32, {}, True),
+        (Heads(4, 2, 80), 48, {}, True),
+        (Heads(dtype=torch.bfloat16), 32, {}, False),
+        (Heads(), 32, {"sliding_window": 20}, False),
+        (Heads(), 32, {"logits_soft_cap": 2.0}, False),
+        (Heads(), 32, {"sinks": torch.zeros(6)}, False),
+    ],
+    ids=["float32", "blocks of 48", "bfloat16", "window", "soft cap", "sinks"],
+)
+def test_what_the_compiled_kernel_serves(heads, block_size, options, served, way, monkeypatch):
+    batch = tree_batch(heads, block_size, [40], [STAR])
+    setup = Setup(TreeCPUAttentionBackend, heads, block_size, monkeypatch, **options)
+    setup.builder.tree_batch = batch.trees([STAR])
+    compiled = served and way == "compiled"
+    metadata = setup.builder.build(0, batch.common())
+    assert (metadata.step is not None, len(metadata.trees)) == (compiled, 1 - compiled)
+    assert setup.impl.one_call == compiled
+
+
+@pytest.mark.parametrize("context", [0, 95, 700])
+def test_a_compiled_row_does_not_depend_on_its_neighbours(context, way, monkeypatch):
+    """Row j of a chain is the last row of the chain that ends there, bit by bit."""
+    if way == "PyTorch":
+        pytest.skip("PyTorch's products depend on the number of rows")
+    whole = tree_batch(Heads(), 32, [context], [chain(17)])
+    setup = Setup(TreeCPUAttentionBackend, Heads(), 32, monkeypatch)
+    setup.builder.tree_batch = whole.trees([chain(17)])
+    expected = setup.attend(whole)
+    for rows in (1, 2, 5, 16):
+        part = tree_batch(Heads(), 32, [context], [chain(rows)])
+        part.query, part.key, part.value = (
+            x[:rows] for x in (whole.query, whole.key, whole.value)
+        )
+        part.cache, part.slots, part.table = whole.cache, whole.slots[:rows], whole.table
+        setup.builder.tree_batch = part.trees([chain(rows)])
+        assert torch.equal(setup.attend(part), expected[:rows])
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 13, 1 << 30], ids=["one", "some", "all"])

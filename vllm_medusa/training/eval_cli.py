@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_medusa.config import MAX_TREE_NODES
 from vllm_medusa.training.config import EvalConfig
 from vllm_medusa.training.config_options import (
     add_config_options,
@@ -72,7 +73,11 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 
 def _engine_args(arguments: argparse.Namespace, config: EvalConfig) -> dict[str, Any]:
-    speculation: dict[str, Any] = {"method": "medusa", "model": arguments.heads}
+    # One tree at all batch sizes, over the whole vocabulary: that is what is simulated.
+    speculation: dict[str, Any] = {
+        "method": "medusa", "model": arguments.heads, "draft_vocab_size": 0,
+        "num_speculative_tokens_per_batch_size": [[1, 1, MAX_TREE_NODES]],
+    }  # fmt: skip
     if config.tree is not None:
         speculation["tree"] = config.tree
     if config.nodes is not None:

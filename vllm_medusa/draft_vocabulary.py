@@ -1,0 +1,72 @@
+"""Heads that score part of the vocabulary: their rows of the target's lm_head, cut out once.
+
+A shared lm_head costs its full product for every head. Byte-pair vocabularies are numbered
+in the order in which merges were learned, most frequent first, so the first quarter of the
+ids holds nearly all that heads ever draft: 92 % of SmolLM2's answers, and 0.6 % to 1.5 %
+fewer tokens per step for the shipped heads. Ids beyond are still emitted, never drafted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from vllm_medusa.head_weights import HeadWeights
+
+# On a CPU, where the product waits for memory: 2.9 of 38 ms of a step of SmolLM2-135M on two
+# Zen 3 cores. A GPU hides it behind its launches.
+CPU_SHARE = 4
+# Smaller vocabularies are cheap, and a tree may ask for as many ranks.
+LEAST_SIZE = 4096
+
+
+def default_size(device_type: str, vocab_size: int) -> int | None:
+    """Ids that heads with a shared lm_head score on a device; None: all."""
+    size = vocab_size // CPU_SHARE
+    return size if device_type == "cpu" and size >= LEAST_SIZE else None
+
+
+def cut_lm_head(weights: HeadWeights, target: Any, size: int | None) -> HeadWeights:
+    """Give heads that score a subset their own rows of the target's lm_head.
+
+    Parameters
+    ----------
+    weights : HeadWeights
+        Returned as they are with lm_heads of their own, or with a map for each head.
+    target : torch.nn.Module
+        The loaded model; where its lm_head is sharded, quantised or has a bias nothing is cut.
+    size : int or None
+        Score the first ``size`` ids if the checkpoint names no subset.
+    """
+    spec = weights.spec
+    lm_head = _whole_lm_head(target, spec.vocab_size, spec.hidden_size)
+    if spec.own_lm_head or spec.vocab_subset_per_head or lm_head is None:
+        return weights
+    if weights.token_map is not None:
+        ids = weights.token_map[0]
+    elif size is not None and size < spec.vocab_size:
+        ids = torch.arange(size)
+    else:
+        return weights
+    return dataclasses.replace(
+        weights,
+        spec=dataclasses.replace(
+            spec, own_lm_head=True, common_lm_head=True, vocab_subset_size=len(ids)
+        ),
+        lm_head=lm_head[ids.to(lm_head.device)].to(spec.dtype)[None],
+        token_map=ids[None],
+    )
+
+
+def _whole_lm_head(target: Any, vocab_size: int | None, hidden_size: int) -> torch.Tensor | None:
+    """[>= vocab_size, hidden_size] of the target, where this rank holds all of it as floats."""
+    lm_head = getattr(target, "lm_head", None)
+    weight = getattr(lm_head, "weight", None)
+    if weight is None or vocab_size is None or not weight.is_floating_point():
+        return None
+    if getattr(lm_head, "bias", None) is not None:
+        return None
+    whole = weight.ndim == 2 and weight.shape[0] >= vocab_size and weight.shape[1] == hidden_size
+    return weight.data if whole else None
