@@ -20,6 +20,7 @@ from typing import Any
 _LAUNCHERS = {
     "KVCompactor": "kv_compaction",
     "compact_kv": "kv_compaction",
+    "draft_tree": "draft",
     "scatter_tree": "scatter",
     "tree_attention": "attention",
     "tree_walk": "walk",

@@ -17,7 +17,7 @@ import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
@@ -46,27 +46,6 @@ def accept_limit(params: SamplingParams) -> int | None:
         or getattr(params, "thinking_token_budget", None) is not None
     )
     return 0 if chain_dependent else None
-
-
-def walk_trees(
-    batch: TreeBatch,
-    drawn: torch.Tensor,  # [num_logits] int64
-    tokens: torch.Tensor,  # [num_logits], each row's own input token
-    cu_rows: torch.Tensor,  # [num_reqs + 1] int32
-    slots: torch.Tensor,  # [num_reqs] int64, -1: no request
-    root_positions: torch.Tensor,  # [num_reqs] int64
-    prefill_len: torch.Tensor,  # [max_num_reqs] int32
-    out: WalkOutput,
-) -> WalkOutput:
-    """Follow the drawn tokens down every tree, as far as each request may accept."""
-    real = slots.clamp(min=0)
-    # A request that starts its step inside the prompt carries placeholder drafts
-    # (vLLM pads its first decode); its root sits before prefill_len.
-    ready = root_positions >= prefill_len[real]
-    # vLLM's processors take the ids as they are (int32), the walk as they are drawn.
-    tokens = tokens.to(drawn.dtype)
-    limits = batch.accept_limits[real] * ready
-    return tree_walk(drawn, tokens, cu_rows, batch.parents, slots, limits, out=out)
 
 
 class TreeVerifier(RejectionSampler):
@@ -108,19 +87,12 @@ class TreeVerifier(RejectionSampler):
         logprobs = self._path_logprobs(
             processed if keep_processed else logits, drawn, out.flat_rows, num_logprobs, input_batch
         )
-        num_sampled, num_rejected = get_num_sampled_and_rejected(
-            out.num_sampled,
-            input_batch.seq_lens,
-            input_batch.cu_num_logits,
-            input_batch.idx_mapping,
-            self.sampler.req_states.prefill_len.gpu,
-        )
         return SamplerOutput(
             sampled_token_ids=out.tokens,
             logprobs_tensors=logprobs,
             num_nans=num_nans,
-            num_sampled=num_sampled,
-            num_rejected=num_rejected,
+            num_sampled=out.num_sampled,
+            num_rejected=out.num_rejected,
             sampling_mask_tensors=None,
         )
 
@@ -176,18 +148,21 @@ class TreeVerifier(RejectionSampler):
         tokens: torch.Tensor,
         positions: torch.Tensor,
         input_batch: InputBatch,
-    ):
+    ) -> WalkOutput:
         """Walk every tree and remember where each path ends."""
         batch, slots = self.tree_batch, input_batch.idx_mapping
-        out = walk_trees(
-            batch,
+        out = WalkOutput.empty(slots.shape[0], drawn.shape[0], batch.num_rows, drawn.device)
+        tree_walk(
+            out,
             drawn,
             tokens,
+            positions,
             input_batch.cu_num_logits,
+            input_batch.seq_lens,
             slots,
-            positions[input_batch.cu_num_logits[:-1].long()],
+            batch.parents,
+            batch.accept_limits,
             self.sampler.req_states.prefill_len.gpu,
-            WalkOutput.empty(slots.shape[0], drawn.shape[0], batch.num_rows, drawn.device),
         )
         batch.last_rows = out.last_rows
         return out
