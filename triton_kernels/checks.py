@@ -114,6 +114,7 @@ def check_compact_kv(
     num_kv_heads: int,
     row_elems: int,
     dtype: torch.dtype,
+    alignment: int | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``compact_kv`` documents."""
     device = layer_ptrs.device
@@ -123,6 +124,8 @@ def check_compact_kv(
         require(number >= 1, name, number, "at least 1")
     require(num_reqs >= 0, "num_reqs", num_reqs, "at least 0")
     require(dtype.itemsize in (1, 2, 4, 8), "dtype", dtype, "elements of 1, 2, 4 or 8 bytes")
+    aligned = alignment in (None, 16, dtype.itemsize)
+    require(aligned, "alignment", alignment, f"None, 16 or {dtype.itemsize}, the size of dtype")
     integers = (torch.int64, torch.int32)
     for name, tensor, shape, dtypes in (
         ("layer_ptrs", layer_ptrs, [None], torch.int64),

@@ -76,11 +76,13 @@ def compact_kv(
     num_kv_heads: int,
     row_elems: int,
     dtype: torch.dtype,
+    alignment: int | None = None,
 ) -> None:
     """Twin of :func:`vllm_medusa.triton_kernels.kv_compaction.compact_kv`, CPU memory only."""
     check_compact_kv(
         layer_ptrs, block_table, idx_mapping, root_positions, path_masks, num_reqs=num_reqs,
         block_size=block_size, num_kv_heads=num_kv_heads, row_elems=row_elems, dtype=dtype,
+        alignment=alignment,
     )  # fmt: skip
     require(
         layer_ptrs.device.type == "cpu", "layer_ptrs", f"device {layer_ptrs.device}",
