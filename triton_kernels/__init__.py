@@ -21,6 +21,7 @@ _LAUNCHERS = {
     "add_tree_attention": "attention",
     "KVCompactor": "kv_compaction",
     "compact_kv": "kv_compaction",
+    "draft_tree": "draft",
     "scatter_tree": "scatter",
     "tree_attention": "attention",
     "tree_walk": "walk",

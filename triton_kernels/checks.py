@@ -75,42 +75,6 @@ def check_runnable(name: str, tensor: torch.Tensor, kernel: object) -> None:
     )  # fmt: skip
 
 
-def check_tree_walk(
-    sampled: torch.Tensor,
-    draft_tokens: torch.Tensor,
-    cu_num_logits: torch.Tensor,
-    parents: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    accept_limits: torch.Tensor,
-    out_tokens: torch.Tensor,
-    out_num_sampled: torch.Tensor,
-    out_path_masks: torch.Tensor,
-    out_last_rows: torch.Tensor,
-    out_flat_rows: torch.Tensor,
-) -> None:
-    """Raise ValueError unless the arguments are what ``tree_walk`` documents."""
-    device = sampled.device
-    num_logits, num_reqs = sampled.shape[0], idx_mapping.shape[0]
-    for name, tensor, shape, dtype in (
-        ("sampled", sampled, [None], torch.int64),
-        ("draft_tokens", draft_tokens, [at_least(num_logits)], torch.int64),
-        ("cu_num_logits", cu_num_logits, [at_least(num_reqs + 1)], torch.int32),
-        ("parents", parents, [None, None], torch.int32),
-        ("idx_mapping", idx_mapping, [None], (torch.int64, torch.int32)),
-        ("accept_limits", accept_limits, [at_least(num_reqs)], torch.int32),
-        ("out_tokens", out_tokens, [at_least(num_reqs), None], torch.int64),
-        ("out_num_sampled", out_num_sampled, [at_least(num_reqs)], torch.int32),
-        ("out_path_masks", out_path_masks, [at_least(num_reqs)], torch.int64),
-        ("out_last_rows", out_last_rows, [at_least(num_reqs)], torch.int64),
-        ("out_flat_rows", out_flat_rows, [at_least(num_logits)], torch.int64),
-    ):
-        check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
-    width = parents.shape[1]
-    require(1 <= width <= MAX_TREE_ROWS, "parents", f"{width} columns", "1..64 columns")
-    columns = out_tokens.shape[1]
-    require(1 <= columns <= width, "out_tokens", f"{columns} columns", f"1..{width} (parents)")
-
-
 def check_scatter_tree(
     positions: torch.Tensor,
     step_masks: torch.Tensor,
@@ -150,6 +114,7 @@ def check_compact_kv(
     num_kv_heads: int,
     row_elems: int,
     dtype: torch.dtype,
+    alignment: int | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``compact_kv`` documents."""
     device = layer_ptrs.device
@@ -159,6 +124,8 @@ def check_compact_kv(
         require(number >= 1, name, number, "at least 1")
     require(num_reqs >= 0, "num_reqs", num_reqs, "at least 0")
     require(dtype.itemsize in (1, 2, 4, 8), "dtype", dtype, "elements of 1, 2, 4 or 8 bytes")
+    aligned = alignment in (None, 16, dtype.itemsize)
+    require(aligned, "alignment", alignment, f"None, 16 or {dtype.itemsize}, the size of dtype")
     integers = (torch.int64, torch.int32)
     for name, tensor, shape, dtypes in (
         ("layer_ptrs", layer_ptrs, [None], torch.int64),

@@ -17,6 +17,10 @@ _TL_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 # 4 warps, so a whole accepted path of a four or five head tree is one round trip to memory.
 _MOVES_PER_PASS = 8
 _MAX_BLOCK_WORDS = 256
+# Narrower programs while they all fit on the device at once (132 multiprocessors, 8 each): a
+# small batch is a chain of round trips, which more programs with less to do shorten.
+_NARROW_BLOCK_WORDS = 128
+_PROGRAMS_AT_ONCE = 1056
 
 
 @triton.jit
@@ -33,6 +37,7 @@ def _compact_kv_kernel(
     row_words,
     WORD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of every row in bytes, 16 or the word's size
     CHUNKS: tl.constexpr,  # column chunks of one (slot, head) row
     BLOCK: tl.constexpr,
     MOVES: tl.constexpr,
@@ -50,18 +55,20 @@ def _compact_kv_kernel(
       has been read by every thread when it is overwritten.
     """
     req = tl.program_id(2)
+    # All four at once, before the branch: one round trip to memory instead of two.
     path = tl.load(path_masks + req).to(tl.uint64, bitcast=True)
     idx = tl.load(idx_mapping + req).to(tl.int64)
+    root = tl.load(root_positions + req).to(tl.int64)
+    base = tl.load(layer_ptrs + tl.program_id(1)).to(tl.pointer_type(WORD))
     # Contiguous low bits: every accepted row already sits in its place.
     if ((path & (path + 1)) == 0) | (idx < 0):
         return
 
     head = (tl.program_id(0) // CHUNKS).to(tl.int64)
     columns = (tl.program_id(0) % CHUNKS) * BLOCK + tl.arange(0, BLOCK)
-    base = tl.load(layer_ptrs + tl.program_id(1)).to(tl.pointer_type(WORD))
-    base += head * head_stride
+    # An address from memory has no known alignment, without which loads are one word wide.
+    base = tl.multiple_of(base + head * head_stride, ALIGNMENT)
     table_row = block_table + idx * table_stride
-    root = tl.load(root_positions + req).to(tl.int64)
 
     bits = tl.arange(0, 64)
     is_set = ((path >> bits.to(tl.uint64)) & 1).to(tl.int32)
@@ -103,6 +110,7 @@ def compact_kv(
     num_kv_heads: int,
     row_elems: int,
     dtype: torch.dtype,
+    alignment: int | None = None,
 ) -> None:
     """Move accepted KV rows to the positions behind the root, all layers in one launch.
 
@@ -128,6 +136,8 @@ def compact_kv(
         In elements of `dtype`.
     dtype : torch.dtype
         Only its size counts: the unit in which the strides are given and words are moved.
+    alignment : int, optional
+        16 promises that every row starts at a multiple of 16 bytes; else the size of `dtype`.
 
     Examples
     --------
@@ -137,17 +147,22 @@ def compact_kv(
     check_compact_kv(
         layer_ptrs, block_table, idx_mapping, root_positions, path_masks, num_reqs=num_reqs,
         block_size=block_size, num_kv_heads=num_kv_heads, row_elems=row_elems, dtype=dtype,
+        alignment=alignment,
     )  # fmt: skip
     check_runnable("layer_ptrs", layer_ptrs, _compact_kv_kernel)
     if num_reqs == 0 or layer_ptrs.shape[0] == 0:
         return
+    num_layers = layer_ptrs.shape[0]
     block = min(_MAX_BLOCK_WORDS, triton.next_power_of_2(row_elems))
+    if num_kv_heads * triton.cdiv(row_elems, block) * num_layers * num_reqs < _PROGRAMS_AT_ONCE:
+        block = min(_NARROW_BLOCK_WORDS, block)
     chunks = triton.cdiv(row_elems, block)
-    _compact_kv_kernel[(num_kv_heads * chunks, layer_ptrs.shape[0], num_reqs)](
+    _compact_kv_kernel[(num_kv_heads * chunks, num_layers, num_reqs)](
         layer_ptrs, block_table, idx_mapping, root_positions, path_masks,
         block_table.stride(0), block_stride, slot_stride, head_stride, row_elems,
-        WORD=_TL_WORDS[dtype.itemsize], BLOCK_SIZE=block_size, CHUNKS=chunks,
-        BLOCK=block, MOVES=_MOVES_PER_PASS, num_warps=4,
+        WORD=_TL_WORDS[dtype.itemsize], BLOCK_SIZE=block_size,
+        ALIGNMENT=alignment or dtype.itemsize, CHUNKS=chunks, BLOCK=block,
+        MOVES=_MOVES_PER_PASS, num_warps=4,
     )  # fmt: skip
 
 
@@ -196,4 +211,5 @@ class KVCompactor:
                 block_stride=group.block_stride, slot_stride=group.slot_stride,
                 head_stride=group.head_stride, num_kv_heads=group.num_heads,
                 row_elems=group.row_words, dtype=WORDS[group.word_bytes],
+                alignment=group.alignment,
             )  # fmt: skip

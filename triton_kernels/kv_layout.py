@@ -15,7 +15,10 @@ WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one layout.  Strides and `row_words` count words of `word_bytes` bytes."""
+    """Layers of one layout.  Strides and `row_words` count words of `word_bytes` bytes.
+
+    `alignment` divides the address of every row: 16 bytes, the widest load, or the word.
+    """
 
     block_size: int
     block_stride: int
@@ -24,6 +27,7 @@ class LayerGroup:
     num_heads: int
     row_words: int
     word_bytes: int
+    alignment: int
     addresses: tuple[int, ...] = ()
 
 
@@ -40,10 +44,13 @@ def _describe(index: int, cache: torch.Tensor) -> LayerGroup:
     size = cache.element_size()
     in_bytes = [size * n for n in (block_stride, slot_stride, row)]
     in_bytes.append(size * head_stride if num_heads > 1 else 0)
-    word = next(w for w in WORDS if all(n % w == 0 for n in (*in_bytes, cache.data_ptr())))
+    *strides, row_bytes, head_bytes = in_bytes
+    places = (*strides, head_bytes, cache.data_ptr())
+    word = next(w for w in WORDS if all(n % w == 0 for n in (*places, row_bytes)))
+    alignment = 16 if all(n % 16 == 0 for n in places) else word
     block_words, slot_words, row_words, head_words = (n // word for n in in_bytes)
     return LayerGroup(
-        block_size, block_words, slot_words, head_words, num_heads, row_words, word,
+        block_size, block_words, slot_words, head_words, num_heads, row_words, word, alignment,
         (cache.data_ptr(),),
     )  # fmt: skip
 

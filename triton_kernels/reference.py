@@ -11,83 +11,22 @@ from collections.abc import Sequence
 
 import torch
 
-from .checks import (
-    check_compact_kv,
-    check_scatter_tree,
-    check_tree_walk,
-    require,
-)
+from .checks import check_compact_kv, check_scatter_tree, require
 from .kv_layout import WORDS, group_layers
 from .reference_attention import add_tree_attention, tree_attention
+from .reference_draft import draft_tree
+from .reference_walk import path_rows, tree_walk
 
 __all__ = [
     "KVCompactor",
     "add_tree_attention",
     "compact_kv",
+    "draft_tree",
     "path_rows",
     "scatter_tree",
     "tree_attention",
     "tree_walk",
 ]
-
-
-def path_rows(path_mask: int) -> list[int]:
-    """Rows of a path mask in ascending order: ``0b1101`` (or its int64 bits) -> ``[0, 2, 3]``."""
-    return [row for row in range(64) if path_mask >> row & 1]
-
-
-def tree_walk(
-    sampled: torch.Tensor,  # [num_logits] int64
-    draft_tokens: torch.Tensor,  # [num_logits] int64
-    cu_num_logits: torch.Tensor,  # [R+1] int32
-    parents: torch.Tensor,  # [max_num_reqs, W] int32, row -> parent row
-    idx_mapping: torch.Tensor,  # [R] int64, batch row -> row of `parents`
-    accept_limits: torch.Tensor,  # [R] int32
-    out_tokens: torch.Tensor,  # [R, N+1] int64
-    out_num_sampled: torch.Tensor,  # [R] int32
-    out_path_masks: torch.Tensor,  # [R] int64
-    out_last_rows: torch.Tensor,  # [R] int64
-    out_flat_rows: torch.Tensor,  # [num_logits] int64
-) -> None:
-    """Twin of :func:`vllm_medusa.triton_kernels.walk.tree_walk`."""
-    check_tree_walk(
-        sampled, draft_tokens, cu_num_logits, parents, idx_mapping, accept_limits,
-        out_tokens, out_num_sampled, out_path_masks, out_last_rows, out_flat_rows,
-    )  # fmt: skip
-    cu = cu_num_logits.tolist()
-    limits = accept_limits.tolist()
-    all_sampled, all_drafts = sampled.tolist(), draft_tokens.tolist()
-    # Only the batch's rows: the table has one for every request slot of the server.
-    own_parents = parents[idx_mapping.clamp(min=0).long()].tolist()
-    last_column = out_tokens.shape[1] - 1
-    for r, idx in enumerate(idx_mapping.tolist()):
-        start, num_rows = cu[r], cu[r + 1] - cu[r]
-        tokens = all_sampled[start : start + num_rows]
-        drafts = all_drafts[start : start + num_rows]
-        path = [0] if num_rows else []
-        while idx >= 0 and path and len(path) <= limits[r]:
-            current = path[-1]
-            children = (
-                row
-                for row in range(current + 1, min(num_rows, parents.shape[1]))
-                if own_parents[r][row] == current and drafts[row] == tokens[current] >= 0
-            )
-            child = next(children, None)
-            if child is None:
-                break
-            path.append(child)
-        mask = sum(1 << row for row in path)
-        mask -= (mask >> 63) << 64  # as a signed word
-        row_tokens = [tokens[row] for row in path]
-        row_tokens += [-1] * (last_column + 1 - len(path))
-        if len(path) <= last_column:
-            row_tokens[last_column] = mask
-        flat_rows = path + list(range(len(path), num_rows))
-        out_tokens[r] = torch.tensor(row_tokens, dtype=torch.int64)
-        out_num_sampled[r] = len(path)
-        out_path_masks[r] = mask
-        out_last_rows[r] = start + (path[-1] if path else 0)
-        out_flat_rows[start : start + num_rows] = start + torch.tensor(flat_rows, dtype=torch.int64)
 
 
 def scatter_tree(
@@ -138,11 +77,13 @@ def compact_kv(
     num_kv_heads: int,
     row_elems: int,
     dtype: torch.dtype,
+    alignment: int | None = None,
 ) -> None:
     """Twin of :func:`vllm_medusa.triton_kernels.kv_compaction.compact_kv`, CPU memory only."""
     check_compact_kv(
         layer_ptrs, block_table, idx_mapping, root_positions, path_masks, num_reqs=num_reqs,
         block_size=block_size, num_kv_heads=num_kv_heads, row_elems=row_elems, dtype=dtype,
+        alignment=alignment,
     )  # fmt: skip
     require(
         layer_ptrs.device.type == "cpu", "layer_ptrs", f"device {layer_ptrs.device}",

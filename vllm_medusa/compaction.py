@@ -67,8 +67,17 @@ class PathCompactor:
         slots = idx_mapping.clamp(min=0)
         roots = num_computed_tokens[slots] - num_sampled
         path_masks = torch.where(num_sampled < self.num_columns, sampled_tokens[:, -1], 1)
+        self.move(idx_mapping, roots, path_masks)
+
+    def move(
+        self,
+        idx_mapping: torch.Tensor,  # [num_reqs] int64, -1: skip
+        root_positions: torch.Tensor,  # [num_reqs] int64 or int32
+        path_masks: torch.Tensor,  # [num_reqs] int64
+    ) -> None:
+        """The same where the walk's own outputs are at hand."""
         for block_table, move in self.groups:
-            move(block_table, idx_mapping, roots, path_masks)
+            move(block_table, idx_mapping, root_positions, path_masks)
 
 
 def _group_compactor(caches: list[torch.Tensor], device: torch.device) -> Any:

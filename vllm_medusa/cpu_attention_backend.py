@@ -87,6 +87,10 @@ class TreeCPUAttentionBuilder(CPUAttentionMetadataBuilder):
     def _serves_in_one_call(self, impl: TreeCPUAttentionImpl) -> bool:
         if impl.logits_soft_cap or impl.sinks is not None or impl.sliding_window > 0:
             return False
+        if self.vllm_config.model_config.quantization is not None:
+            # Layers that quantise their input turn a last bit of attention into a step of
+            # 1/127; the other route sums in vLLM's order.
+            return False
         shape = (self.kv_cache_spec.dtype, self.head_dim, self.block_size)
         return cpu_tree_rows.can_attend(*shape) and kernels() is not None
 

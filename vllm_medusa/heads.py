@@ -200,7 +200,7 @@ class MedusaHeads(nn.Module):
         torch.Tensor
             [num_tokens, num_heads, num_top] int64 ids of the base vocabulary.
         """
-        logits = self._draft_logits(hidden, apply_lm_head, path_embeddings)
+        logits = self.draft_logits(hidden, apply_lm_head, path_embeddings)
         if not 1 <= num_top <= logits.shape[-1]:
             raise ValueError(
                 f"num_top: found {num_top}, expected 1..{logits.shape[-1]} (the heads' "
@@ -213,8 +213,15 @@ class MedusaHeads(nn.Module):
         maps = self.token_map.expand(ids.shape[0], self.spec.num_heads, -1)
         return maps.gather(2, ids)
 
-    def _draft_logits(self, hidden, apply_lm_head, path_embeddings=None) -> torch.Tensor:
-        # -> [num_tokens, num_heads, output_size]
+    def draft_logits(
+        self,
+        # [num_tokens, hidden_size], spec.dtype
+        hidden: torch.Tensor,
+        # as for top_tokens
+        apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        path_embeddings: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return logits [num_tokens, num_heads, output_size] in the heads' vocabulary."""
         if self.lm_head is not None:
             return self._own_logits(self.forward_hidden(hidden, path_embeddings))
         if apply_lm_head is None:

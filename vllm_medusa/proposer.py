@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.draft_vocabulary import cut_lm_head
 from vllm_medusa.heads import MedusaHeads
+from vllm_medusa.kernels import DraftWorkspace, draft_tree
 from vllm_medusa.sequential_draft import SequentialDrafter
 from vllm_medusa.tree_batch import TreeBatch
 
@@ -52,6 +53,7 @@ class MedusaProposer(DraftModelSpeculator):
         self.tree_batch = tree_batch
         self.last_sampled = last_sampled
         self.drafter: SequentialDrafter | None = None
+        self.workspace: DraftWorkspace | None = None
         self.verification_step: VerificationStep | None = None
         self.step_graphs: CudaGraphManager | None = None
         tree = tree_batch.tree
@@ -98,6 +100,9 @@ class MedusaProposer(DraftModelSpeculator):
         if heads.spec.sequential:
             self.drafter = SequentialDrafter(heads, self.tree_batch.tree)
             object.__setattr__(self, "embed_tokens", target_model.embed_input_ids)
+        else:
+            rows = self.max_num_reqs * self.num_heads
+            self.workspace = DraftWorkspace.allocate(rows, heads.spec.output_size, self.device)
         return heads
 
     def use_base_logits(self, compute_logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -157,10 +162,21 @@ class MedusaProposer(DraftModelSpeculator):
         self,
         hidden: torch.Tensor,  # [num_reqs, hidden_size], last accepted rows
         slots: torch.Tensor,  # [num_reqs] int64, not negative
+        out: torch.Tensor | None = None,  # [num_reqs, num_nodes] int64
     ) -> torch.Tensor:
         """Fill every request's tree from its heads' best tokens, [num_reqs, num_nodes] int64."""
+        if out is None:
+            out = slots.new_empty(hidden.shape[0], self.node_columns.shape[0], dtype=torch.int64)
         if self.drafter is not None:
             roots = self.last_sampled.view(-1)[slots].long()
-            return self.drafter.draft(hidden, roots, self.embed_tokens, self.compute_base_logits)
-        top_tokens = self.model.top_tokens(hidden, self.num_top, self.compute_base_logits)
-        return top_tokens.flatten(1)[:, self.node_columns]
+            drafts = self.drafter.draft(hidden, roots, self.embed_tokens, self.compute_base_logits)
+            return out.copy_(drafts)
+        draft_tree(
+            out,
+            self.model.draft_logits(hidden, self.compute_base_logits),
+            self.node_columns,
+            num_top=self.num_top,
+            token_map=self.model.token_map,
+            workspace=self.workspace,
+        )
+        return out

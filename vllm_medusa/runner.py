@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_medusa import vllm_seams
 from vllm_medusa.compaction import PathCompactor
+from vllm_medusa.kernels import WalkOutput
 from vllm_medusa.lora_rows import TreeLoraState, base_logits
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.request_options import RequestOptions
@@ -148,6 +149,17 @@ class TreeRunnerMixin:
                 num_sampled,
                 self.req_states.num_computed_tokens.gpu,
             )
+
+    def finish_advance(
+        self,
+        idx_mapping: torch.Tensor,  # [num_reqs] int64, -1: skip
+        walk: WalkOutput,
+    ) -> None:
+        """What :meth:`advance` does beside the requests' own state, which the walk advanced."""
+        num_computed = self.req_states.num_computed_tokens.gpu
+        self.model_state.postprocess_state(idx_mapping, walk.num_sampled, num_computed)
+        if self.path_compactor is not None:
+            self.path_compactor.move(idx_mapping, walk.root_positions, walk.path_masks)
 
 
 class MedusaModelRunner(TreeRunnerMixin, GPUModelRunner):

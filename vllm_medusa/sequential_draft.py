@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.heads_path import path_update
+from vllm_medusa.kernels import draft_tree
 from vllm_medusa.tree import TokenTree
 
 
@@ -106,8 +107,11 @@ def top_tokens_of_head(
     if heads.token_map is not None:
         token_map = heads.token_map[min(index, spec.num_token_maps - 1)]
     logits = _logits(heads, index, states, token_map, apply_lm_head)
-    ids = logits.topk(num_top, dim=-1).indices
-    return ids if token_map is None else token_map[ids]
+    ids = torch.empty(hidden.shape[0], num_top, dtype=torch.int64, device=logits.device)
+    columns = torch.arange(num_top, device=logits.device)
+    token_map = None if token_map is None else token_map[None]
+    draft_tree(ids, logits[:, None], columns, num_top=num_top, token_map=token_map)
+    return ids
 
 
 def _logits(

@@ -16,13 +16,12 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
-from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_medusa.kernels import WalkOutput
+from vllm_medusa.kernels import RequestState, WalkOutput, tree_walk
 from vllm_medusa.row_sampling import NUM_STOCK_PROCESSORS, reads_history
-from vllm_medusa.verifier import ready_requests, walk_trees
 
 
 def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> bool:
@@ -207,60 +206,64 @@ class VerificationStep:
         runner = self.runner
         hidden_states = hidden_states[: num_reqs * rows]
         slots, cu_rows = self.slots[:num_reqs], self.cu_rows[rows][: num_reqs + 1]
-        real_slots = slots.clamp(min=0)
-        tokens, counts = self._views(self.output, num_reqs)
-        logits = runner.model.compute_logits(hidden_states)
-        walk = self._draw_and_walk(logits, slots, cu_rows, tokens, counts)
-        _, num_rejected = get_num_sampled_and_rejected(
-            counts[0],
-            runner.input_buffers.seq_lens[:num_reqs],
+        drawn = self._draw(runner.model.compute_logits(hidden_states), slots)
+        walk = self._outputs(num_reqs, hidden_states)
+        tree_walk(
+            walk,
+            drawn,
+            runner.input_buffers.input_ids[: drawn.shape[0]],
+            runner.input_buffers.positions[: drawn.shape[0]],
             cu_rows,
-            real_slots,
-            self.prefill_len,
-        )
-        counts[1].copy_(num_rejected)
-        runner.advance(
+            runner.input_buffers.seq_lens[:num_reqs],
             slots,
-            tokens,
-            counts[0],
-            counts[1],
-            runner.input_buffers.query_start_loc[: num_reqs + 1],
+            self.tree_batch.parents,
+            self.prefill_len,
+            hidden_states=hidden_states,
+            state=self._request_state(),
         )
-        drafts = runner.speculator.draft(hidden_states[walk.last_rows], real_slots)
-        self.drafts[:num_reqs].copy_(drafts)
+        runner.finish_advance(slots, walk)
+        runner.speculator.draft(walk.hidden, slots.clamp(min=0), self.drafts[:num_reqs])
 
-    def _draw_and_walk(
+    def _draw(
         self,
         logits: torch.Tensor,  # [R * rows, vocab_size]
         slots: torch.Tensor,
-        cu_rows: torch.Tensor,
-        tokens: torch.Tensor,  # out [R, W] int64
-        counts: torch.Tensor,  # out [2, R] int32
-    ) -> WalkOutput:
-        runner = self.runner
-        num_reqs, num_logits = slots.shape[0], logits.shape[0]
-        rows = num_logits // num_reqs
-        positions = runner.input_buffers.positions[:num_logits]
-        drawn = gumbel_sample(
+    ) -> torch.Tensor:
+        """The target's token at every row, [R * rows] int64."""
+        runner, num_logits = self.runner, logits.shape[0]
+        return gumbel_sample(
             logits,
-            slots[:, None].expand(-1, rows).reshape(-1),
+            slots[:, None].expand(-1, num_logits // slots.shape[0]).reshape(-1),
             self.temperature,
             self.seeds,
-            positions,
+            runner.input_buffers.positions[:num_logits],
             # Divides as vLLM's temperature kernel does, without a float32 copy of the logits.
             apply_temperature=True,
             is_drafting=False,
             use_fp64=runner.sampler.use_fp64_gumbel,
         )
-        out = WalkOutput.empty(num_reqs, num_logits, self.width, slots.device)
-        return walk_trees(
-            self.tree_batch,
-            drawn,
-            runner.input_buffers.input_ids[:num_logits],
-            cu_rows,
-            slots,
-            ready_requests(slots, positions.view(num_reqs, rows)[:, 0], self.prefill_len),
-            out._replace(tokens=tokens, num_sampled=counts[0]),
+
+    def _outputs(self, num_reqs: int, hidden_states: torch.Tensor) -> WalkOutput:
+        """Where the walk writes: tokens and counts into the step's output, the rest anew."""
+        tokens, counts = self._views(self.output, num_reqs)
+        made = WalkOutput.empty(num_reqs, 0, self.width, hidden_states.device)
+        return made._replace(
+            tokens=tokens,
+            num_sampled=counts[0],
+            num_rejected=counts[1],
+            flat_rows=None,
+            hidden=hidden_states.new_empty(num_reqs, hidden_states.shape[1]),
+        )
+
+    def _request_state(self) -> RequestState:
+        """What vLLM's ``postprocess_sampled`` would advance."""
+        states = self.runner.req_states
+        return RequestState(
+            num_computed_tokens=states.num_computed_tokens.gpu,
+            last_sampled=states.last_sampled_tokens.view(-1),
+            total_len=states.total_len.gpu,
+            all_token_ids=states.all_token_ids.gpu,
+            output_counts=self.runner.sampler.penalties_state.output_bin_counts,
         )
 
     def _views(self, output: torch.Tensor, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -24,38 +24,8 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm_medusa.kernels import WalkOutput, tree_walk
 from vllm_medusa.request_options import RequestOptions
 from vllm_medusa.row_sampling import RowDraws, RowSampler
-from vllm_medusa.tree_batch import UNLIMITED, TreeBatch
+from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.typical_acceptance import TypicalAcceptance
-
-
-def ready_requests(
-    slots: torch.Tensor,  # [num_reqs] int64, -1: no request
-    root_positions: torch.Tensor,  # [num_reqs] int64
-    prefill_len: torch.Tensor,  # [max_num_reqs] int32
-) -> torch.Tensor:
-    """Whose drafts are real, [num_reqs] bool.
-
-    A request that starts its step inside the prompt carries placeholder drafts (vLLM
-    pads its first decode); its root sits before ``prefill_len``.
-    """
-    return root_positions >= prefill_len[slots.clamp(min=0)]
-
-
-def walk_trees(
-    batch: TreeBatch,
-    drawn: torch.Tensor,  # [num_logits] int64
-    tokens: torch.Tensor,  # [num_logits], each row's own input token
-    cu_rows: torch.Tensor,  # [num_reqs + 1] int32
-    slots: torch.Tensor,  # [num_reqs] int64, -1: no request
-    ready: torch.Tensor,  # [num_reqs] bool
-    out: WalkOutput,
-    limits: torch.Tensor | int = UNLIMITED,  # [num_reqs] int32, most nodes to accept
-) -> WalkOutput:
-    """Follow the drawn tokens down every tree, as far as each request may accept."""
-    # vLLM's processors take the ids as they are (int32), the walk as they are drawn.
-    tokens = tokens.to(drawn.dtype)
-    limits = ready.to(torch.int32) * limits
-    return tree_walk(drawn, tokens, cu_rows, batch.parents, slots, limits, out=out)
 
 
 class TreeVerifier(RejectionSampler):
@@ -109,19 +79,12 @@ class TreeVerifier(RejectionSampler):
             wanted,
             input_batch,
         )
-        num_sampled, num_rejected = get_num_sampled_and_rejected(
-            out.num_sampled,
-            input_batch.seq_lens,
-            input_batch.cu_num_logits,
-            input_batch.idx_mapping,
-            self.sampler.req_states.prefill_len.gpu,
-        )
         return SamplerOutput(
             sampled_token_ids=out.tokens,
             logprobs_tensors=logprobs,
             num_nans=num_nans,
-            num_sampled=num_sampled,
-            num_rejected=num_rejected,
+            num_sampled=out.num_sampled,
+            num_rejected=out.num_rejected,
             sampling_mask_tensors=None,
         )
 
@@ -134,16 +97,29 @@ class TreeVerifier(RejectionSampler):
     ) -> tuple[torch.Tensor, WalkOutput]:
         """Walk every tree and remember where each path ends; also the token of every row."""
         batch, slots, drawn = self.tree_batch, input_batch.idx_mapping, rows.drawn
-        cu_rows, limits = input_batch.cu_num_logits, UNLIMITED
-        ready = ready_requests(
-            slots, positions[cu_rows[:-1].long()], self.sampler.req_states.prefill_len.gpu
-        )
+        cu_rows, limits = input_batch.cu_num_logits, None
+        prefill_len = self.sampler.req_states.prefill_len.gpu
         if rows.scores is not None:
+            roots = positions[cu_rows[:-1].long()]
+            # A request that starts its step inside the prompt carries placeholder drafts (vLLM
+            # pads its first decode).
+            ready = roots >= prefill_len[slots.clamp(min=0)]
             drawn, tokens, limits = self.typical.steer(
                 rows.scores, rows.typical, drawn, tokens, cu_rows, slots, ready
             )
         out = WalkOutput.empty(slots.shape[0], drawn.shape[0], batch.num_rows, drawn.device)
-        walk_trees(batch, drawn, tokens, cu_rows, slots, ready, out, limits)
+        tree_walk(
+            out,
+            drawn,
+            tokens,
+            positions,
+            cu_rows,
+            input_batch.seq_lens,
+            slots,
+            batch.parents,
+            prefill_len,
+            accept_limits=limits,
+        )
         batch.last_rows = out.last_rows
         return drawn, out
 

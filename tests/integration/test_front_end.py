@@ -124,7 +124,7 @@ def test_every_spelling_reaches_the_tree_runner(outcomes, case):
 def test_node_budget_and_trees(outcomes):
     assert outcomes["short forms"]["nodes"] == 5
     assert outcomes["preset"]["paths"] == [[0]]
-    assert outcomes["widths"]["nodes"] == 8  # of 20: the CPU's default budget
+    assert outcomes["widths"]["nodes"] == 5  # of 20: the CPU's default budget
     assert outcomes["tree beside heads"]["paths"] == [[0], [1], [0, 0]]
 
 

@@ -126,13 +126,15 @@ def check_walk(tree, tokens, drawn, last) -> None:
     num_reqs, width = tokens.shape
     out = WalkOutput.empty(num_reqs, num_reqs * width, width, torch.device("cpu"))
     tree_walk(
+        out,
         torch.from_numpy(drawn).flatten(),
         torch.from_numpy(tokens).flatten(),
+        torch.ones(num_reqs * width, dtype=torch.int64),
         torch.arange(num_reqs + 1, dtype=torch.int32) * width,
-        torch.tensor([tree.parents] * num_reqs, dtype=torch.int32),
+        torch.full((num_reqs,), width + 1, dtype=torch.int32),
         torch.arange(num_reqs),
-        torch.full((num_reqs,), 64, dtype=torch.int32),
-        out=out,
+        torch.tensor([tree.parents] * num_reqs, dtype=torch.int32),
+        torch.ones(num_reqs, dtype=torch.int32),
     )
     assert (out.last_rows.numpy() - np.arange(num_reqs) * width == last).all()
 

@@ -110,14 +110,20 @@ def test_walk_takes_the_typical_path(name):
             )
         new_drawn, new_tokens, limits = steered
         out = WalkOutput.empty(num_reqs, len(tokens), tree.num_rows, torch.device("cpu"))
+        # Roots of requests that are not ready lie inside their prompts.
+        prompts = torch.zeros(batch.parents.shape[0], dtype=torch.int32)
+        prompts[slots] = torch.from_numpy(np.where(ready, 1, 3)).int()
         tree_walk(
+            out,
             new_drawn,
-            new_tokens.long(),
+            new_tokens,
+            torch.full((len(tokens),), 2),
             torch.from_numpy(cu_rows).int(),
-            batch.parents,
+            torch.full((num_reqs,), 99, dtype=torch.int32),
             torch.from_numpy(slots),
-            limits * torch.from_numpy(ready).int(),
-            out=out,
+            batch.parents,
+            prompts,
+            accept_limits=limits,
         )
         for index, slot in enumerate(slots):
             rows = slice(cu_rows[index], cu_rows[index + 1])

@@ -1,0 +1,214 @@
+"""draft_tree: every node gets the token of its rank, ties by id, exact against twin and sort."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_medusa.triton_kernels import draft_tree, reference
+from vllm_medusa.triton_kernels.draft_workspace import GROUP, DraftWorkspace, num_groups
+
+POISON = -77
+CHUNK = 32 * GROUP  # tokens of one program
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def sorted_tokens(logits, num_top):
+    """The definition: whole vocabulary in order, by Python's stable sort."""
+    rows = [
+        sorted(range(len(row)), key=lambda token, row=row: -row[token])[:num_top]
+        for row in logits.flatten(0, 1).float().nan_to_num(
+            nan=float("-inf"), posinf=float("inf"), neginf=float("-inf")
+        ).tolist()
+    ]  # fmt: skip
+    return torch.tensor(rows).view(*logits.shape[:2], num_top)
+
+
+def run(draft, logits, columns, num_top, device, token_map=None, **options):
+    out = torch.full((logits.shape[0] + 1, len(columns)), POISON, dtype=torch.int64, device=device)
+    draft(
+        out, logits.to(device), torch.tensor(columns, device=device), num_top=num_top,
+        token_map=None if token_map is None else token_map.to(device), **options,
+    )  # fmt: skip
+    assert (out[-1] == POISON).all(), "a row behind the batch was written"
+    return out[:-1].cpu()
+
+
+def check(logits, num_top, device, *, columns=None, token_map=None, **options):
+    """Kernel and twin against the definition, to the bit."""
+    num_heads = logits.shape[1]
+    columns = list(range(min(64, num_heads * num_top))) if columns is None else columns
+    got = run(draft_tree, logits, columns, num_top, device, token_map, **options)
+    twin = run(reference.draft_tree, logits, columns, num_top, "cpu", token_map)
+    want = sorted_tokens(logits, num_top)
+    if token_map is not None:
+        want = token_map.expand(*logits.shape[:2], -1).gather(2, want)
+    want = want.flatten(1)[:, columns]
+    assert torch.equal(got, want)
+    assert torch.equal(twin, want)
+
+
+def test_worked_example(device):
+    logits = torch.tensor([[[1.0, 5.0, 3.0], [9.0, 2.0, 9.0]]])
+    assert run(draft_tree, logits, [0, 1, 2], 2, device).tolist() == [[1, 2, 0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "vocab", [1, 7, GROUP - 1, GROUP, GROUP + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 40]
+)
+def test_vocabularies_around_groups_and_chunks(device, vocab, dtype):
+    check(torch.randn(2, 2, vocab).to(dtype), min(vocab, 10), device)
+
+
+@pytest.mark.parametrize("num_top", [1, 2, 10, 16, 17, 64])
+def test_ranks_around_powers_of_two(device, num_top):
+    check(torch.randn(1, 2, 1500), num_top, device)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("all-equal", [0.0]),
+        ("both-zeros", [0.0, -0.0]),
+        ("two-values", [1.0, 2.0]),
+        ("infinities", [float("inf"), float("-inf"), 1.0]),
+        ("mostly-masked", [float("-inf")] * 60 + [1.0]),
+        ("nan-is-last", [float("nan"), 3.0, float("-inf")]),
+        ("all-nan", [float("nan")]),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_take_the_lowest_ids(device, name, values, dtype):
+    rng = random.Random(name)
+    logits = torch.tensor([rng.choices(values, k=600) for _ in range(3)])
+    check(logits[:, None].to(dtype), 9, device)
+
+
+def test_best_tokens_in_one_group_and_in_one_each(device):
+    """Ten in the last, partial group; ten in ten groups, equal, the first of which decides."""
+    logits = torch.zeros(1, 2, 20 * GROUP + 12)
+    logits[0, 0, -10:] = torch.arange(10.0) + 1
+    logits[0, 1, 5::GROUP] = 1.0
+    check(logits, 10, device)
+
+
+def test_nodes_in_any_order_and_heads_of_few_ranks(device):
+    """Head 1 lends 3 ranks, head 2 one, and one that is not its best; a node occurs twice."""
+    check(torch.randn(3, 3, 700), 5, device, columns=[0, 6, 2, 14, 1, 0])
+
+
+def test_64_nodes(device):
+    columns = random.Random(1).sample(range(5 * 13), 64)
+    check(torch.randn(2, 5, 900), 13, device, columns=columns)
+
+
+@pytest.mark.parametrize("num_maps", [1, 2], ids=["common", "each"])
+def test_vocabulary_subsets(device, num_maps):
+    token_map = torch.stack([torch.randperm(10_000)[:300] for _ in range(num_maps)])
+    check(torch.randn(2, 2, 300), 4, device, token_map=token_map)
+
+
+def test_strided_logits(device):
+    """Head-major products, and rows cut out of a padded vocabulary."""
+    logits = torch.randn(2, 3, 520)[:, :, :500].transpose(0, 1)
+    check(logits, 6, device)
+
+
+def test_workspace_serves_calls_of_any_size(device):
+    """Its counters are zero again, and what it holds beside them does not matter."""
+    work = DraftWorkspace.allocate(6, 900, device)
+    work.maxima.fill_(2**31 - 1)
+    for requests, vocab in ((3, 900), (1, 140), (3, 513)):
+        check(torch.randn(requests, 2, vocab), 7, device, workspace=work)
+        assert (work.counters == 0).all()
+
+
+def test_no_requests(device):
+    check(torch.randn(0, 2, 50), 3, device, columns=[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    requests=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    vocab=st.integers(1, 2 * CHUNK),
+    num_values=st.sampled_from([2, 50, 10**6]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_logits(device, seed, requests, heads, vocab, num_values, dtype):
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (requests, heads, vocab)
+    logits = (torch.randint(num_values, shape, generator=generator) - num_values // 2) / 7
+    num_top = rng.randint(1, min(vocab, 12))
+    columns = [rng.randrange(heads * num_top) for _ in range(rng.randint(1, 64))]
+    check(logits.to(dtype), num_top, device, columns=columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [32_000, 49_152, 128_256, 262_144])
+def test_large_vocabularies_and_graph_replay(device, vocab):
+    """Replayed on new logits: counters, the meeting of programs and ties at full size."""
+    logits = torch.randn(64, 5, vocab, device=device, dtype=torch.bfloat16)
+    columns = torch.arange(50, device=device)
+    out = torch.empty(64, 50, dtype=torch.int64, device=device)
+    work = DraftWorkspace.allocate(64 * 5, vocab, device)
+    draft_tree(out, logits, columns, num_top=10, workspace=work)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        draft_tree(out, logits, columns, num_top=10, workspace=work)
+    for _ in range(20):
+        logits.normal_()
+        out.fill_(POISON)
+        graph.replay()
+        want = logits.float().sort(dim=-1, descending=True, stable=True).indices[..., :10]
+        assert torch.equal(out, want.flatten(1))
+
+
+def arguments(device):
+    return {
+        "out": torch.zeros(2, 3, dtype=torch.int64, device=device),
+        "logits": torch.zeros(2, 2, 300, device=device),
+        "node_columns": torch.tensor([0, 1, 2], device=device),
+        "num_top": 2,
+        "token_map": torch.zeros(2, 300, dtype=torch.int64, device=device),
+        "workspace": DraftWorkspace.allocate(4, 300, device),
+    }
+
+
+BAD_ARGUMENTS = [
+    ("out", lambda a: a["out"][:1]),
+    ("out", lambda a: a["out"].int()),
+    ("logits", lambda a: a["logits"][0]),
+    ("logits", lambda a: a["logits"].double()),
+    ("logits", lambda a: a["logits"].transpose(1, 2)),
+    ("logits", lambda a: a["logits"][:, :0]),
+    ("node_columns", lambda a: a["node_columns"].repeat(22)),
+    ("node_columns", lambda a: a["node_columns"][:0]),
+    ("num_top", lambda _: 0),
+    ("num_top", lambda _: 65),
+    ("token_map", lambda a: a["token_map"][:, :9]),
+    ("token_map", lambda a: a["token_map"].repeat(2, 1)),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), BAD_ARGUMENTS)
+@pytest.mark.parametrize("draft", [draft_tree, reference.draft_tree], ids=["kernel", "twin"])
+def test_bad_arguments_are_named(device, draft, name, damage):
+    good = arguments(device)
+    with pytest.raises(ValueError, match=f"^{name}: found .*, expected "):
+        draft(**good | {name: damage(good)})
+
+
+@pytest.mark.parametrize("name", ["counters", "maxima"])
+def test_small_workspaces_are_named(device, name):
+    good = arguments(device)
+    work = good["workspace"]
+    assert work.maxima.shape[0] == 4 * num_groups(300) == 12
+    work = work._replace(**{name: getattr(work, name)[1:]})
+    with pytest.raises(ValueError, match=f"^workspace.{name}: found .*, expected "):
+        draft_tree(**good | {"workspace": work})

@@ -1,0 +1,201 @@
+"""Fill token trees from the heads' logits: top tokens of every head, and their nodes, at once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import check_runnable
+from .checks_draft import check_draft_tree
+from .draft_workspace import GROUP, DraftWorkspace, num_groups
+
+# Groups whose maxima one program takes: 32 x 128 bfloat16 are 64 bytes a thread of 4 warps.
+_GROUPS_PER_PROGRAM = 32
+
+_LEAST: tl.constexpr = tl.constexpr(-(2**31))  # below the key of -inf
+
+
+@triton.jit
+def _sortable(values):
+    """float32 -> int32 of the same order; -0 and +0 are one key."""
+    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _known(values):
+    """float32, NaN as -inf."""
+    values = values.to(tl.float32)
+    return tl.where(values == values, values, float("-inf"))
+
+
+@triton.jit
+def _best(keys, ids, TAKEN: tl.constexpr, NO_ID: tl.constexpr):
+    """Lowest id among the largest keys, and the keys without it."""
+    largest = tl.max(keys, axis=None)
+    best = tl.min(tl.where(keys == largest, ids, NO_ID), axis=None)
+    return best, tl.where(ids == best, TAKEN, keys)
+
+
+@triton.jit
+def _merge_groups(
+    row_logits,  # [vocab_size], one row of logits
+    maxima,  # [num_groups] int32, keys of its groups' maxima
+    num_best,  # how many tokens are wanted, at most PADDED_TOP
+    vocab_size,
+    num_groups,
+    GROUP: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    PADDED_TOP: tl.constexpr,
+):
+    """[PADDED_TOP] int32: the best tokens of a row, best first.
+
+    The k best tokens lie in the k groups with the best maxima, ties by id included: a token
+    of any other group has k better ones, the best of those groups.
+    """
+    all_groups = tl.arange(0, PADDED_GROUPS)
+    slots = tl.arange(0, PADDED_TOP)
+    # Other multiprocessors wrote the maxima: read them where they all meet, in L2.
+    keys = tl.load(
+        maxima + all_groups, mask=all_groups < num_groups, other=_LEAST, cache_modifier=".cg"
+    )
+    groups = tl.zeros([PADDED_TOP], tl.int32)
+    for i in range(0, tl.minimum(num_best, num_groups)):
+        group, keys = _best(keys, all_groups, _LEAST, PADDED_GROUPS)
+        groups = tl.where(slots == i, group, groups)
+
+    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    is_candidate = (slots < tl.minimum(num_best, num_groups))[:, None] & (ids < vocab_size)
+    values = tl.load(row_logits + ids, mask=is_candidate, other=float("-inf"))
+    keys = tl.where(is_candidate, _sortable(_known(values)), _LEAST)
+    # Slots without a group repeat group 0; their ids must not be found.
+    ids = tl.where(is_candidate, ids, PADDED_GROUPS * GROUP)
+    tokens = tl.zeros([PADDED_TOP], tl.int32)
+    for i in range(0, num_best):
+        token, keys = _best(keys, ids, _LEAST, PADDED_GROUPS * GROUP)
+        tokens = tl.where(slots == i, token, tokens)
+    return tokens
+
+
+@triton.jit
+def _draft_tree_kernel(
+    out,  # out [R, N] int64
+    counters,  # in-place [R * NUM_HEADS] int32, 0 on entry and on return
+    maxima,  # scratch [R * NUM_HEADS, num_groups] int32
+    logits,  # in [R, NUM_HEADS, vocab_size]
+    node_columns,  # in [N] int64, node -> (head, rank) as head * NUM_TOP + rank
+    token_map,  # in [1 or NUM_HEADS, vocab_size] int64, or None
+    out_stride,
+    req_stride,
+    head_stride,
+    map_stride,  # 0: one map for all heads
+    vocab_size,
+    num_groups,
+    NUM_HEADS: tl.constexpr,
+    NUM_NODES: tl.constexpr,
+    NUM_TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_PER_PROGRAM: tl.constexpr,
+    PADDED_NODES: tl.constexpr,
+    PADDED_TOP: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+):
+    """Grid: (R * NUM_HEADS * chunks,), a chunk being GROUPS_PER_PROGRAM groups.
+
+    Every program writes the maxima of its groups; the one that finishes a row of logits last
+    finds that row's best tokens and fills the nodes of its head.
+    """
+    num_chunks = tl.cdiv(num_groups, GROUPS_PER_PROGRAM)
+    row = tl.program_id(0) // num_chunks
+    req, head = row // NUM_HEADS, row % NUM_HEADS
+    row_logits = logits + req.to(tl.int64) * req_stride + head.to(tl.int64) * head_stride
+    row_maxima = maxima + row.to(tl.int64) * num_groups
+    first = tl.program_id(0) % num_chunks * GROUPS_PER_PROGRAM
+    groups = first + tl.arange(0, GROUPS_PER_PROGRAM)
+    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    if (first + GROUPS_PER_PROGRAM) * GROUP <= vocab_size:
+        # No mask, since one of odd length would forbid 16-byte loads.
+        values = tl.load(row_logits + ids)
+    else:
+        values = tl.load(row_logits + ids, mask=ids < vocab_size, other=float("-inf"))
+    group_keys = _sortable(tl.max(_known(values), 1))
+    tl.store(row_maxima + groups, group_keys, mask=groups < num_groups)
+    # All threads' maxima are written before one thread announces them; acquire and release
+    # order them with the reads of the program that comes last.
+    tl.debug_barrier()
+    num_done = tl.atomic_add(counters + row, 1, sem="acq_rel") + 1
+    if num_done < num_chunks:
+        return
+    tl.store(counters + row, 0)
+
+    nodes = tl.arange(0, PADDED_NODES)
+    columns = tl.load(node_columns + nodes, mask=nodes < NUM_NODES, other=-1).to(tl.int32)
+    is_mine = (nodes < NUM_NODES) & (columns // NUM_TOP == head)
+    ranks = tl.where(is_mine, columns % NUM_TOP, 0)
+    num_best = tl.max(tl.where(is_mine, ranks + 1, 0))
+    tokens = _merge_groups(
+        row_logits, row_maxima, num_best, vocab_size, num_groups, GROUP, PADDED_GROUPS, PADDED_TOP
+    ).to(tl.int64)
+    slots = tl.arange(0, PADDED_TOP)
+    if token_map is not None:
+        row_map = token_map + head.to(tl.int64) * map_stride
+        tokens = tl.load(row_map + tokens, mask=slots < num_best, other=-1)
+    found = tl.sum(tl.where(ranks[:, None] == slots[None, :], tokens[None, :], 0), 1)
+    tl.store(out + req.to(tl.int64) * out_stride + nodes, found, mask=is_mine)
+
+
+def draft_tree(
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    node_columns: torch.Tensor,
+    *,
+    num_top: int,
+    token_map: torch.Tensor | None = None,
+    workspace: DraftWorkspace | None = None,
+) -> None:
+    """Draft token of every node: the token of its rank under its head (paper, section 2.1.2).
+
+    Among equal logits the lower id comes first, so every route drafts the same; NaN counts
+    as -inf.
+
+    Parameters
+    ----------
+    out : torch.Tensor
+        ``[>= R, N]`` int64. Draft tokens in node order.
+    logits : torch.Tensor
+        ``[R, K, V]`` bfloat16, float16 or float32, any strides but a dense last dimension; the
+        heads' vocabulary, V <= 524288.
+    node_columns : torch.Tensor
+        ``[N]`` int64. Node -> ``head * num_top + rank``, N <= 64.
+    num_top : int
+        Largest number of ranks of a head, at most 64.
+    token_map : torch.Tensor, optional
+        ``[1 or K, V]`` int64. Heads' vocabulary id -> base vocabulary id.
+    workspace : DraftWorkspace, optional
+        Serves any number of calls, one after another; allocated when missing.
+
+    Examples
+    --------
+    Two heads, two ranks, node columns ``0 1 2`` (both ranks of head 1, the best of head 2): with
+    logits ``[[[1, 5, 3], [9, 2, 9]]]`` the nodes get tokens ``1 2 0``.
+    """
+    check_draft_tree(
+        out, logits, node_columns, num_top=num_top, token_map=token_map, workspace=workspace
+    )
+    check_runnable("logits", logits, _draft_tree_kernel)
+    num_reqs, num_heads, vocab = logits.shape
+    if num_reqs == 0:
+        return
+    num_rows, groups = num_reqs * num_heads, num_groups(vocab)
+    workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
+    _draft_tree_kernel[(num_rows * triton.cdiv(groups, _GROUPS_PER_PROGRAM),)](
+        out, *workspace, logits, node_columns, token_map, out.stride(0),
+        logits.stride(0), logits.stride(1),
+        0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
+        vocab, groups, NUM_HEADS=num_heads, NUM_NODES=node_columns.shape[0],
+        NUM_TOP=num_top, GROUP=GROUP, GROUPS_PER_PROGRAM=_GROUPS_PER_PROGRAM,
+        PADDED_NODES=triton.next_power_of_2(node_columns.shape[0]),
+        PADDED_TOP=triton.next_power_of_2(num_top),
+        PADDED_GROUPS=triton.next_power_of_2(groups), num_warps=4,
+    )  # fmt: skip
