@@ -141,6 +141,55 @@ def attention_section(path: Path) -> str:
     )
 
 
+def compaction_section(path: Path) -> str:
+    """KV move of all layers."""
+    record = json.loads(path.read_text())
+    rows = []
+    for row in record["rows"]:
+        shape, peer = row["shape"], row["torch_indexing"]
+        if shape["accepted"]:
+            rows.append(
+                [
+                    f"{shape['batch']}", f"{shape['layers']}",
+                    f"{shape['kv_heads']} x {shape['row']}", f"{shape['accepted']}",
+                    f"{row['kernel']['median']:.1f}", f"{peer['median']:.1f}",
+                ]
+            )  # fmt: skip
+    header = ["requests", "layers", "KV row", "rows moved", "kernel", "PyTorch indexing"]
+    return (
+        f"**KV move after acceptance** on {device(record)}, microseconds for all layers in one "
+        f"launch (as above); `{path.relative_to(ROOT)}`:\n\n"
+        + table(header, rows)
+        + f"\n\n`{shown_command(record)}`"
+    )
+
+
+def walk_section(path: Path) -> str:
+    """Walk, draft, positions and masks."""
+    record = json.loads(path.read_text())
+    rows = []
+    for row in record["rows"]:
+        shape, found = row["shape"], row["kernels"]
+        cells = [f"{found[name]['median']:.1f}" for name in ("walk", "draft", "scatter", "all")]
+        rows.append(
+            [
+                f"{shape['batch']}", f"{shape['heads']} x {shape['vocab']}",
+                f"{row['floor_us']:.1f}", *cells, f"{row['torch']['all']['median']:.0f}",
+            ]
+        )  # fmt: skip
+    header = [
+        "requests", "heads x vocabulary", "floor", "walk", "draft", "positions, masks",
+        "all in one graph", "PyTorch",
+    ]  # fmt: skip
+    return (
+        f"**After the draw, 64 rows a request** on {device(record)}, microseconds (as above; the "
+        "floor is reading the heads' logits at 3.0 TB/s): walk with request state, top tokens of "
+        f"all heads into the next tree, positions and masks; `{path.relative_to(ROOT)}`:\n\n"
+        + table(header, rows)
+        + f"\n\n`{shown_command(record)}`"
+    )
+
+
 def heads_section() -> str:
     """What the shipped heads reach in simulation."""
     record = json.loads((HEADS / "training.json").read_text())
@@ -188,6 +237,8 @@ def results_section() -> str:
     parts += [serve_section(path) for path in sorted(RESULTS.glob("*_serve.json"))]
     parts.append(heads_section())
     parts += [attention_section(path) for path in sorted(RESULTS.glob("*_tree_attention.json"))]
+    parts += [compaction_section(path) for path in sorted(RESULTS.glob("*_kv_compaction.json"))]
+    parts += [walk_section(path) for path in sorted(RESULTS.glob("*_walk.json"))]
     parts += [cpu_runner_section(path) for path in sorted(RESULTS.glob("cpu_runner.json"))]
     return "\n\n".join(parts)
 

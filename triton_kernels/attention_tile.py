@@ -136,11 +136,12 @@ def attend_tile(
         doubled = scores * (qk_scale * 2 * LOG2_E / SOFT_CAP)
         scores = SOFT_CAP - 2 * SOFT_CAP / (tl.exp2(doubled) + 1)
         to_log2 = LOG2_E
-    if low + BLOCK_KEYS > context:  # holds keys of the tree
+    if WINDOW > 0:
+        # Without a branch: it would hold loads, which Triton's pipeliner cannot move.
         visible = tail_visibility(masks_row, words, depths, keys, context, seq_len, WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
-    elif WINDOW > 0:
-        visible = (context + depths)[:, None] - keys[None, :] < WINDOW
+    elif low + BLOCK_KEYS > context:  # holds keys of the tree
+        visible = tail_visibility(masks_row, words, depths, keys, context, seq_len, WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
 
     # Maximum before scaling (the scale is positive): scaling and subtraction are one FMA.
