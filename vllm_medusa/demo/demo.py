@@ -1,6 +1,6 @@
 """The run behind `make demo`: unpack the model, serve it twice, compare.
 
-    python -m vllm_medusa.demo.demo [--tokens N] [--questions N] [--eager] [--dtype float32]
+    python -m vllm_medusa.demo.demo [--tokens N] [--questions N] [--compile] [--dtype float32]
 
 Needs the environment that ``bootstrap.py`` makes.
 """
@@ -35,7 +35,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--questions", type=int, default=len(QUESTIONS), help=f"how many of {len(QUESTIONS)}"
     )
     parser.add_argument("--heads", type=Path, default=HEADS, help="folder of Medusa heads")
-    parser.add_argument("--eager", action="store_true", help="serve without torch.compile")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="serve with torch.compile; default: on a GPU only, where it pays within the demo",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of both servers; default: the faster one")
     options = parser.parse_args(argv)
     if not 1 <= options.questions <= len(QUESTIONS):
@@ -69,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
         written = unpack_model.unpack(model, progress)
     report.console.print(f"{'Unpacked to' if written else 'Re-using'} {model}", soft_wrap=True)
 
-    eager = options.eager or not host.can_compile_extensions()
+    wants_compile = device == "cuda" if options.compile is None else options.compile
+    eager = not (wants_compile and host.can_compile_extensions())
     questions = QUESTIONS[: options.questions]
     report.step("2/3 vLLM with Medusa heads")
     plan = ServerPlan("medusa", model, cache, device, heads, eager, dtype)
