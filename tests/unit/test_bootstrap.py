@@ -173,6 +173,20 @@ def test_creation_killed_half_way_is_made_anew(tmp_path, monkeypatch):
     assert builder.usable_stamp() == builder.fresh_stamp()
 
 
+def test_commands_inside_may_write_bytecode(tmp_path, monkeypatch):
+    built = environment.Environment(environment.REPOSITORY, tmp_path / "venv", tmp_path, "cpu")
+    seen = []
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(environment, "prepare", lambda with_test_tools: built)
+    monkeypatch.setattr(bootstrap.os, "environ", dict(bootstrap.os.environ))
+    monkeypatch.setattr(bootstrap.os, "chdir", lambda folder: None)
+    monkeypatch.setattr(bootstrap.os, "execv", lambda *_: seen.append(dict(bootstrap.os.environ)))
+    monkeypatch.setattr(bootstrap, "run_all", lambda commands: 0)
+    bootstrap.main(["lint"])
+    assert seen
+    assert "PYTHONDONTWRITEBYTECODE" not in seen[0]
+
+
 @pytest.mark.slow  # builds a real virtual environment
 def test_created_environment_has_pip(tmp_path):
     built = environment.Environment(environment.REPOSITORY, tmp_path / "venv", tmp_path, "cpu")

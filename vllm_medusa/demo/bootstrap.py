@@ -112,6 +112,10 @@ def main(argv: list) -> int:
         print(built.python)
         return 0
     os.environ.update(built.variables)
+    # Set in many container images.  Nothing is compiled at installation, so every one of the
+    # processes of every server would compile some 5,000 files of vLLM, torch and transformers
+    # anew: half a minute each.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.chdir(str(built.repository))
     commands = inner_commands(task, arguments, built.python, built.repository)
     if len(commands) == 1:
