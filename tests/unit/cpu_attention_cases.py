@@ -64,8 +64,10 @@ class Layer(Attention):
 class Setup:
     """One layer and its builder for stock or tree attention, without an engine."""
 
-    def __init__(self, backend, heads: Heads, block_size: int, monkeypatch, **impl_options):
-        model = SimpleNamespace(dtype=heads.dtype)
+    def __init__(
+        self, backend, heads: Heads, block_size: int, monkeypatch, quantization=None, **impl_options
+    ):
+        model = SimpleNamespace(dtype=heads.dtype, quantization=quantization)
         config = SimpleNamespace(
             model_config=model,
             parallel_config=None,

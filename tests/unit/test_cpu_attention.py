@@ -102,8 +102,9 @@ def test_other_shapes_and_layouts(heads, block_size, monkeypatch):
         (Heads(), 32, {"sliding_window": 20}, False),
         (Heads(), 32, {"logits_soft_cap": 2.0}, False),
         (Heads(), 32, {"sinks": torch.zeros(6)}, False),
+        (Heads(), 32, {"quantization": "compressed-tensors"}, False),
     ],
-    ids=["float32", "blocks of 48", "bfloat16", "window", "soft cap", "sinks"],
+    ids=["float32", "blocks of 48", "bfloat16", "window", "soft cap", "sinks", "quantised"],
 )
 def test_what_the_compiled_kernel_serves(heads, block_size, options, served, way, monkeypatch):
     batch = tree_batch(heads, block_size, [40], [STAR])
