@@ -1,6 +1,6 @@
 """What the demo asks."""
 
-MAX_TOKENS = 120
+MAX_TOKENS = 100
 WARM_UP = "Say hello in one short sentence."
 
 QUESTIONS = (
