@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_tile import LOG2_E, attend_tile, finish_rows, key_tiles, popcount
+from .attention_tile import (
+    LOG2_E,
+    attend_tile,
+    finish_rows,
+    key_tiles,
+    popcount,
+    program_rows,
+    split_pairs,
+)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -52,14 +60,10 @@ def tree_attention_kernel(
     if CHAINED:
         # The joining kernel's programs may start, and wait, as soon as all of these run.
         gdc_launch_dependents()
-    kv_head = tl.program_id(1) % NUM_KV_HEADS
-    req = tl.program_id(1) // NUM_KV_HEADS
-    # Three loads in flight before the first is waited for.
-    start = tl.load(query_start_loc + req)
-    query_len = tl.load(query_start_loc + req + 1) - start
-    seq_len = tl.load(seq_lens + req)
-    first_row = tl.program_id(0) * BLOCK_ROWS
-    if first_row >= query_len * GROUP:
+    kv_head, req, start, query_len, seq_len, first_pair = program_rows(
+        query_start_loc, seq_lens, NUM_KV_HEADS, BLOCK_ROWS
+    )
+    if first_pair >= query_len * GROUP:
         return
     context = seq_len - query_len
     # The number of splits depends on the batch; read off the grid it needs no recompilation.
@@ -72,13 +76,11 @@ def tree_attention_kernel(
     if low >= high:
         return
 
-    pairs = first_row + tl.arange(0, BLOCK_ROWS)
-    rows = pairs // GROUP
-    heads = kv_head * GROUP + pairs % GROUP
+    rows, heads, is_row, tokens = split_pairs(
+        first_pair, start, query_len, kv_head, GROUP, BLOCK_ROWS
+    )
     dims = tl.arange(0, PADDED_HEAD)
-    is_row = rows < query_len
     is_stored = is_row[:, None] & (dims < HEAD_SIZE)[None, :]
-    tokens = (start + rows).to(tl.int64)
     q_ptrs = q + tokens[:, None] * q_stride + heads[:, None] * HEAD_SIZE + dims[None, :]
     q_tile = tl.load(q_ptrs, mask=is_stored, other=0.0)
     masks_row = tree_masks + req.to(tl.int64) * masks_stride
@@ -145,26 +147,20 @@ def join_splits_kernel(
 
     All splits are loaded at once: one after the other, each would wait for the L2 (0.6 us).
     """
-    kv_head = tl.program_id(1) % NUM_KV_HEADS
-    req = tl.program_id(1) // NUM_KV_HEADS
-    # Three loads in flight before the first is waited for.
-    start = tl.load(query_start_loc + req)
-    query_len = tl.load(query_start_loc + req + 1) - start
-    seq_len = tl.load(seq_lens + req)
-    first_row = tl.program_id(0) * BLOCK_ROWS
-    if first_row >= query_len * GROUP:
+    kv_head, _, start, query_len, seq_len, first_pair = program_rows(
+        query_start_loc, seq_lens, NUM_KV_HEADS, BLOCK_ROWS
+    )
+    if first_pair >= query_len * GROUP:
         return
     _, first_tile, end_tile, per_split = key_tiles(
         seq_len, seq_len - query_len, num_splits, WINDOW, BLOCK_KEYS, MIN_TILES
     )
-    pairs = first_row + tl.arange(0, BLOCK_ROWS)
-    rows = pairs // GROUP
-    heads = kv_head * GROUP + pairs % GROUP
+    _, heads, is_row, tokens = split_pairs(
+        first_pair, start, query_len, kv_head, GROUP, BLOCK_ROWS
+    )
     dims = tl.arange(0, PADDED_HEAD)
     splits = tl.arange(0, BLOCK_SPLITS)
-    is_row = rows < query_len
     is_used = splits < tl.cdiv(end_tile - first_tile, per_split)
-    tokens = (start + rows).to(tl.int64)
     num_pairs = tl.cast(num_tokens, tl.int64) * (NUM_KV_HEADS * GROUP)
     stats = workspace + num_splits * num_pairs * PADDED_HEAD
     pair = splits[:, None] * num_pairs + (tokens * (NUM_KV_HEADS * GROUP) + heads)[None, :]
@@ -218,23 +214,17 @@ def tree_part_kernel(
     CHAINED: tl.constexpr,
 ):
     """Grid: (row_tiles, num_reqs * Hkv). Keys of the tree, joined with the context's part."""
-    kv_head = tl.program_id(1) % NUM_KV_HEADS
-    req = tl.program_id(1) // NUM_KV_HEADS
-    # Three loads in flight before the first is waited for.
-    start = tl.load(query_start_loc + req)
-    query_len = tl.load(query_start_loc + req + 1) - start
-    seq_len = tl.load(seq_lens + req)
-    first_row = tl.program_id(0) * BLOCK_ROWS
-    if first_row >= query_len * GROUP:
+    kv_head, req, start, query_len, seq_len, first_pair = program_rows(
+        query_start_loc, seq_lens, NUM_KV_HEADS, BLOCK_ROWS
+    )
+    if first_pair >= query_len * GROUP:
         return
     context = seq_len - query_len
-    pairs = first_row + tl.arange(0, BLOCK_ROWS)
-    rows = pairs // GROUP
-    heads = kv_head * GROUP + pairs % GROUP
+    rows, heads, is_row, tokens = split_pairs(
+        first_pair, start, query_len, kv_head, GROUP, BLOCK_ROWS
+    )
     dims = tl.arange(0, PADDED_HEAD)
-    is_row = rows < query_len
     is_stored = is_row[:, None] & (dims < HEAD_SIZE)[None, :]
-    tokens = (start + rows).to(tl.int64)
     head_offsets = heads[:, None] * HEAD_SIZE + dims[None, :]
     if CHAINED:
         gdc_wait()

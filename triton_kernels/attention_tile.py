@@ -14,6 +14,42 @@ def popcount(words):
 
 
 @triton.jit
+def program_rows(
+    query_start_loc,  # [>= num_reqs + 1] int32
+    seq_lens,  # [>= num_reqs] int32
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """KV head, request, its first row, rows and keys, and the first (row, head) pair.
+
+    Of the program in a grid ``(row_tiles, num_reqs * Hkv, ...)``; three loads are in flight
+    before the first is waited for.
+    """
+    kv_head = tl.program_id(1) % NUM_KV_HEADS
+    req = tl.program_id(1) // NUM_KV_HEADS
+    start = tl.load(query_start_loc + req)
+    query_len = tl.load(query_start_loc + req + 1) - start
+    seq_len = tl.load(seq_lens + req)
+    return kv_head, req, start, query_len, seq_len, tl.program_id(0) * BLOCK_ROWS
+
+
+@triton.jit
+def split_pairs(
+    first_pair,
+    start,
+    query_len,
+    kv_head,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """[BLOCK_ROWS] each of a tile's pairs: row, query head, whether it exists, int64 token."""
+    pairs = first_pair + tl.arange(0, BLOCK_ROWS)
+    rows = pairs // GROUP
+    heads = kv_head * GROUP + pairs % GROUP
+    return rows, heads, rows < query_len, (start + rows).to(tl.int64)
+
+
+@triton.jit
 def key_tiles(
     seq_len,
     context,

@@ -39,6 +39,29 @@ def _gather_rows(cache: torch.Tensor, table_row: torch.Tensor, keys: torch.Tenso
     return words[table_row[keys // block_size].long(), keys % block_size].view(cache.dtype)
 
 
+def _scores(
+    q: torch.Tensor,  # [rows, Hq, D]
+    k: torch.Tensor,  # [keys, Hkv, D]
+    scale: float,
+    soft_cap: float,
+) -> torch.Tensor:
+    """``[rows, Hq, keys]``, before any mask."""
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("nhgd,shd->nhgs", grouped, k) * scale
+    if soft_cap > 0:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    return scores.flatten(1, 2)
+
+
+def _weighted_values(
+    weights: torch.Tensor,  # [rows, Hq, keys]
+    v: torch.Tensor,  # [keys, Hkv, D]
+) -> torch.Tensor:
+    """``[rows, Hq, D]``."""
+    grouped = weights.unflatten(1, (v.shape[1], -1))
+    return torch.einsum("nhgs,shd->nhgd", grouped, v).flatten(1, 2)
+
+
 def tree_attention(
     out: torch.Tensor,  # [num_tokens, Hq, D]
     q: torch.Tensor,  # [num_tokens, Hq, D]
@@ -73,8 +96,6 @@ def tree_attention(
         k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     compute = torch.promote_types(q.dtype, torch.float32)
-    num_heads, head_size = q.shape[1:]
-    num_kv_heads = k_cache.shape[2]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for r in range(num_reqs):
         rows = slice(starts[r], starts[r + 1])
@@ -90,20 +111,14 @@ def tree_attention(
         k = k if k_scale is None else k * k_scale.reshape(-1, 1)
         v = v if v_scale is None else v * v_scale.reshape(-1, 1)
 
-        grouped = q[rows].to(compute).view(num_rows, num_kv_heads, -1, head_size)
-        scores = torch.einsum("nhgd,shd->nhgs", grouped, k) * scale
-        if logit_soft_cap > 0:
-            scores = logit_soft_cap * torch.tanh(scores / logit_soft_cap)
+        scores = _scores(q[rows].to(compute), k, scale, logit_soft_cap)
         visible = _visible_keys(tree_masks[r, :num_rows], context, sliding_window)
-        scores = scores.flatten(1, 2)  # [rows, Hq, keys]
         scores = scores.masked_fill(~visible[:, None, first_key:], float("-inf"))
         if sinks is not None:
             sink_column = sinks.to(compute)[None, :, None].expand(num_rows, -1, 1)
             scores = torch.cat([scores, sink_column], 2)
         weights = torch.softmax(scores, 2)[:, :, : len(keys)]
-        weights = weights.view(num_rows, num_kv_heads, -1, len(keys))
-        result = torch.einsum("nhgs,shd->nhgd", weights, v)
-        out[rows] = result.reshape(num_rows, num_heads, head_size).to(out.dtype)
+        out[rows] = _weighted_values(weights, v).to(out.dtype)
 
 
 def add_tree_attention(
@@ -131,8 +146,6 @@ def add_tree_attention(
         sliding_window=0, logit_soft_cap=logit_soft_cap, sinks=sinks, k_scale=None, v_scale=None,
     )  # fmt: skip
     compute = torch.promote_types(q.dtype, torch.float32)
-    head_size = q.shape[2]
-    num_kv_heads = k_cache.shape[2]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for r in range(num_reqs):
         rows = slice(starts[r], starts[r + 1])
@@ -143,11 +156,7 @@ def add_tree_attention(
         keys = torch.arange(context, lengths[r], device=q.device)
         k = _gather_rows(k_cache, block_table[r], keys).to(compute)
         v = _gather_rows(v_cache, block_table[r], keys).to(compute)
-        grouped = q[rows].to(compute).view(num_rows, num_kv_heads, -1, head_size)
-        scores = torch.einsum("nhgd,shd->nhgs", grouped, k) * scale
-        if logit_soft_cap > 0:
-            scores = logit_soft_cap * torch.tanh(scores / logit_soft_cap)
-        scores = scores.flatten(1, 2)  # [rows, Hq, keys]
+        scores = _scores(q[rows].to(compute), k, scale, logit_soft_cap)
         is_ancestor = _words_to_bits(tree_masks[r, :num_rows], num_rows)
         scores = scores.masked_fill(~is_ancestor[:, None], float("-inf"))
         parts, context_lse = [scores], lse[:, rows].T.to(compute)
@@ -159,6 +168,5 @@ def add_tree_attention(
         if sinks is not None:
             parts.append(sinks.to(compute)[None, :, None].expand(num_rows, -1, 1))
         weights = torch.softmax(torch.cat(parts, 2), 2)
-        tree_weights = weights[..., :num_rows].view(num_rows, num_kv_heads, -1, num_rows)
-        result = torch.einsum("nhgs,shd->nhgd", tree_weights, v).reshape(context_out.shape)
+        result = _weighted_values(weights[..., :num_rows], v)
         out[rows] = (result + weights[..., num_rows, None] * context_out).to(out.dtype)
