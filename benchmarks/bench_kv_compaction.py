@@ -9,14 +9,12 @@ it is timed.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from records import write_record
-from timing import time_gpu
+from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
 
 from vllm_medusa.triton_kernels import KVCompactor
 
@@ -127,13 +125,7 @@ def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
-    parser.add_argument("--quick", action="store_true", help="Llama-3-8B in bfloat16 only")
-    parser.add_argument("--repeats", type=int, default=40)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+    args = parse_on_gpu(kernel_benchmark_parser(__doc__, "Llama-3-8B in bfloat16 only"))
     print(f"{'microseconds':<34}{'kernel':>11}{'p90-p10':>11}{'indexing':>11}{'GB/s':>11}{'goal':>11}")
     rows = []
     for shape in QUICK_SHAPES if args.quick else SHAPES:

@@ -11,19 +11,17 @@ that is missing or fails is reported in its column.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from records import write_record
-from timing import time_gpu
+from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
 
 from vllm_medusa.triton_kernels import add_tree_attention, attention, reference, tree_attention
 from vllm_medusa.triton_kernels.attention_plan import plan_attention, workspace_elements
@@ -292,14 +290,9 @@ def _with_plan(plan: Any, a: dict[str, Any]) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
-    parser.add_argument("--quick", action="store_true", help="a few shapes, about two minutes")
+    parser = kernel_benchmark_parser(__doc__, "a few shapes, about two minutes")
     parser.add_argument("--tune", action="store_true", help="launch plans instead of peers")
-    parser.add_argument("--repeats", type=int, default=40)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+    args = parse_on_gpu(parser)
     if args.tune:
         rows = [{"shape": s._asdict(), "plans": tune(s, args.repeats)} for s in TUNE_SHAPES]
         for row in rows:

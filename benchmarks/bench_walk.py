@@ -12,15 +12,13 @@ with the twins' before they are timed.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from records import write_record
-from timing import time_gpu
+from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
 
 from vllm_medusa.triton_kernels import draft_tree, reference, scatter_tree, tree_walk
 from vllm_medusa.triton_kernels.draft_workspace import DraftWorkspace
@@ -268,13 +266,7 @@ def print_row(shape: Shape, row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
-    parser.add_argument("--quick", action="store_true", help="five heads, bs 1 and 64")
-    parser.add_argument("--repeats", type=int, default=40)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+    args = parse_on_gpu(kernel_benchmark_parser(__doc__, "five heads, bs 1 and 64"))
     names = ("floor", "walk", "draft", "scatter", "all", "p90-p10", "torch")
     print(f"{'microseconds':<34}" + "".join(f"{name:>9}" for name in names))
     rows = []

@@ -25,6 +25,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def measured_table(
+    text: str, path: Path, record: dict[str, Any], header: list[str], rows: list[list[str]]
+) -> str:
+    """What was measured, the record's name, its table and the command that made it."""
+    return (
+        f"{text} `{path.relative_to(ROOT)}`:\n\n{table(header, rows)}\n\n"
+        f"`{shown_command(record)}`"
+    )
+
+
 def device(record: dict[str, Any]) -> str:
     """Where a record was made."""
     provenance = record["provenance"]
@@ -131,14 +141,13 @@ def attention_section(path: Path) -> str:
             cells.append("failed" if "failed" in found else f"{found['median']:.1f}")
         rows.append(cells)
     header = ["requests", "context", "rows", "heads", "floor", *names.values()]
-    return (
+    text = (
         f"**Tree attention** on {device(record)}, microseconds of one layer (median, cold L2, CUDA "
         "graph replay, which itself takes about 4), bfloat16, pages of 16 tokens; the floor is the "
         "larger of KV bytes at 3.0 TB/s and products at 800 TFLOP/s; FlashAttention 3 cannot take "
-        f"a tree and runs the rows as a chain; `{path.relative_to(ROOT)}`:\n\n"
-        + table(header, rows)
-        + f"\n\n`{shown_command(record)}`"
+        "a tree and runs the rows as a chain;"
     )
+    return measured_table(text, path, record, header, rows)
 
 
 def compaction_section(path: Path) -> str:
@@ -156,12 +165,11 @@ def compaction_section(path: Path) -> str:
                 ]
             )  # fmt: skip
     header = ["requests", "layers", "KV row", "rows moved", "kernel", "PyTorch indexing"]
-    return (
+    text = (
         f"**KV move after acceptance** on {device(record)}, microseconds for all layers in one "
-        f"launch (as above); `{path.relative_to(ROOT)}`:\n\n"
-        + table(header, rows)
-        + f"\n\n`{shown_command(record)}`"
+        "launch (as above);"
     )
+    return measured_table(text, path, record, header, rows)
 
 
 def walk_section(path: Path) -> str:
@@ -181,13 +189,12 @@ def walk_section(path: Path) -> str:
         "requests", "heads x vocabulary", "floor", "walk", "draft", "positions, masks",
         "all in one graph", "PyTorch",
     ]  # fmt: skip
-    return (
+    text = (
         f"**After the draw, 64 rows a request** on {device(record)}, microseconds (as above; the "
         "floor is reading the heads' logits at 3.0 TB/s): walk with request state, top tokens of "
-        f"all heads into the next tree, positions and masks; `{path.relative_to(ROOT)}`:\n\n"
-        + table(header, rows)
-        + f"\n\n`{shown_command(record)}`"
+        "all heads into the next tree, positions and masks;"
     )
+    return measured_table(text, path, record, header, rows)
 
 
 def heads_section() -> str:
@@ -212,13 +219,12 @@ def cpu_runner_section(path: Path) -> str:
         rows.append(
             [str(case["batch"]), case["sampling"], f"{v1:.2f}", f"{v2:.2f}", f"{v2 / v1:.2f}"]
         )
-    return (
+    text = (
         "**V2 runner on a CPU** with the PyTorch fall-backs against vLLM's V1 runner, "
-        f"{record['what']}; medians of {record['rounds']} interleaved rounds, "
-        f"`{path.relative_to(ROOT)}`:\n\n"
-        + table(["requests", "sampling", "V1", "V2", "V2 / V1"], rows)
-        + f"\n\n`{shown_command(record)}`"
+        f"{record['what']}; medians of {record['rounds']} interleaved rounds,"
     )
+    header = ["requests", "sampling", "V1", "V2", "V2 / V1"]
+    return measured_table(text, path, record, header, rows)
 
 
 def refusals_section() -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -88,3 +90,20 @@ def time_gpu(
         median=statistics.median(times), p10=times[last // 10], p90=times[last * 9 // 10],
         minimum=times[0], count=len(times),
     )  # fmt: skip
+
+
+def kernel_benchmark_parser(description: str, quick: str) -> argparse.ArgumentParser:
+    """Options of every kernel benchmark; ``quick`` says what ``--quick`` leaves."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--repeats", type=int, default=40)
+    return parser
+
+
+def parse_on_gpu(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; without a CUDA device an error."""
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    return args

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.checkpoint_save import save_heads
@@ -298,8 +297,7 @@ def read_tensors(model: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory's safetensors files."""
     found = {}
     for path in sorted(model.glob("*.safetensors")):
-        with safe_open(path, "pt") as reader:
-            found |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        found |= load_file(path)
     return found
 
 
