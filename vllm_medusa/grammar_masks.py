@@ -17,6 +17,7 @@ from vllm.v1.structured_output.utils import strip_speculative_padding
 
 from vllm_medusa.path_chains import leaf_paths
 from vllm_medusa.tree import TokenTree
+from vllm_medusa.vllm_seams import constraint_bounds
 
 # A row of a mask without bits set to zero: everything is allowed.
 ALLOW_ALL = -1
@@ -53,11 +54,11 @@ class GrammarTree:
         """
         fed = np.ones(self.num_rows, dtype=bool)
         masked = np.ones(self.num_rows, dtype=bool)
-        if manager._get_constraint_bounds(request, ()).constraint_start == 0:
+        if constraint_bounds(manager, request, ()).constraint_start == 0:
             return fed, masked
         for path in leaf_paths(self.tree, self.num_rows):
             tokens = [self.tokens[row] for row in path[1:]]
-            bounds = manager._get_constraint_bounds(request, tokens)
+            bounds = constraint_bounds(manager, request, tokens)
             for depth, row in enumerate(path):
                 fed[row] = depth > bounds.grammar_start
                 masked[row] = depth >= bounds.constraint_start

@@ -30,14 +30,8 @@ def leaf_paths(tree: TokenTree, num_rows: int) -> list[list[int]]:
     >>> leaf_paths(TokenTree.from_paths([[0], [1], [0, 0]]), 4)
     [[0, 2], [0, 1, 3]]
     """
-    parents = tree.parents[:num_rows]
-    paths = []
-    for leaf in sorted(set(range(num_rows)) - set(parents)):
-        path = [leaf]
-        while parents[path[-1]] >= 0:
-            path.append(parents[path[-1]])
-        paths.append(path[::-1])
-    return paths
+    leaves = set(range(num_rows)) - set(tree.parents[:num_rows])
+    return [tree.path_to(leaf) for leaf in sorted(leaves)]
 
 
 class PathChains:

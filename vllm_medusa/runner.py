@@ -124,12 +124,7 @@ class TreeRunnerMixin:
                 return output, output.num_sampled, output.num_rejected
         return super().sample(hidden_states, input_batch, grammar_output)
 
-    def postprocess_sampled(self, *args, **kwargs) -> None:
-        """Advance the requests unless the step's graph has done it."""
-        if self.tree_batch.drafts is None:
-            self.advance(*args, **kwargs)
-
-    def advance(
+    def postprocess_sampled(
         self,
         idx_mapping: torch.Tensor,  # [num_reqs] int64, -1: skip
         sampled_tokens: torch.Tensor,
@@ -137,7 +132,12 @@ class TreeRunnerMixin:
         num_rejected: torch.Tensor,
         query_start_loc: torch.Tensor | None = None,
     ) -> None:
-        """Advance the requests, then move the accepted rows' KV behind their roots."""
+        """Advance the requests, then move the accepted rows' KV behind their roots.
+
+        Nothing is left to do where the step's graph has done both.
+        """
+        if self.tree_batch.drafts is not None:
+            return
         super().postprocess_sampled(
             idx_mapping, sampled_tokens, num_sampled, num_rejected, query_start_loc
         )
@@ -155,7 +155,7 @@ class TreeRunnerMixin:
         idx_mapping: torch.Tensor,  # [num_reqs] int64, -1: skip
         walk: WalkOutput,
     ) -> None:
-        """What :meth:`advance` does beside the requests' own state, which the walk advanced."""
+        """What :meth:`postprocess_sampled` does beside what the walk has done already."""
         num_computed = self.req_states.num_computed_tokens.gpu
         self.model_state.postprocess_state(idx_mapping, walk.num_sampled, num_computed)
         if self.path_compactor is not None:

@@ -69,18 +69,11 @@ class _Level:
         rows = [row for row in range(tree.num_rows) if tree.depths[row] == depth]
         parents = sorted({tree.parents[row] for row in rows})
         # [num_parents, depth]: rows from the root to the parent
-        self.paths = torch.tensor([_path_rows(tree, row) for row in parents], device=device)
+        self.paths = torch.tensor([tree.path_to(row) for row in parents], device=device)
         # [nodes of the depth] each
         self.rows = torch.tensor(rows, device=device)
         self.parents = torch.tensor([parents.index(tree.parents[r]) for r in rows], device=device)
         self.ranks = torch.tensor([tree.ranks[row] for row in rows], device=device)
-
-
-def _path_rows(tree: TokenTree, row: int) -> list[int]:
-    path = [row]
-    while path[-1] != 0:
-        path.append(tree.parents[path[-1]])
-    return path[::-1]
 
 
 def top_tokens_of_head(

@@ -194,20 +194,19 @@ def choose_draft_vocabulary(options: MedusaOptions, spec: HeadSpec) -> int | Non
     return asked or None
 
 
-def budget_for_machine(tree_file: Path | None, num_heads: int, model: Any) -> Budget | None:
+def budget_for_machine(tree: TokenTree, num_heads: int, model: Any) -> Budget | None:
     """Nodes that pay on this CPU, by batch size; None where the tree or the machine tells nothing.
 
     Parameters
     ----------
-    tree_file : pathlib.Path or None
-        Of a calibrated tree: it knows how often a path holds each of its nodes.
+    tree : TokenTree
+        A calibrated one knows how often a path holds each of its nodes.
     num_heads : int
         Heads available to the tree.
     model : vllm.config.ModelConfig
         The target's.
     """
-    tree = None if tree_file is None else TokenTree.load(tree_file)
-    if tree is None or not tree.metadata.get("frequencies") or tree.max_depth > num_heads:
+    if not tree.metadata.get("frequencies") or tree.max_depth > num_heads:
         return None
     stored = getattr(model.hf_config, "dtype", None)
     costs = machine_costs(
@@ -222,9 +221,7 @@ def budget_for_machine(tree_file: Path | None, num_heads: int, model: Any) -> Bu
     return choose_budget(tree.metadata["frequencies"], costs)
 
 
-def _cut_to_machine(
-    tree: TokenTree, tree_file: Path, budget: Budget, dtype: torch.dtype
-) -> TokenTree | None:
+def _cut_to_machine(tree: TokenTree, budget: Budget, dtype: torch.dtype) -> TokenTree | None:
     """The calibrated tree with the budget's nodes; None, with a warning, where it would lose."""
     if budget.speedup >= LEAST_PROMISE:
         logger.info(
@@ -232,7 +229,7 @@ def _cut_to_machine(
             budget.nodes,
             budget.speedup,
         )
-        return TokenTree.load(tree_file).cut(budget.nodes)
+        return tree.cut(budget.nodes)
     logger.warning(
         "Medusa: on this CPU several rows of %s cost so much more than one that the best tree "
         "promises %.2f times the speed, so Medusa stays off; num_speculative_tokens turns it on "
@@ -285,10 +282,11 @@ def create_medusa_config(
     tree = choose_tree(options, num_heads, heads.tree_path)
     schedule = choose_schedule(options, tree)
     free = (options.tree, options.num_speculative_tokens, schedule) == (None, None, None)
-    if free and current_platform.is_cpu():
-        budget = budget_for_machine(heads.tree_path, num_heads, target_model_config)
+    if free and heads.tree_path is not None and current_platform.is_cpu():
+        whole = TokenTree.load(heads.tree_path)
+        budget = budget_for_machine(whole, num_heads, target_model_config)
         if budget is not None:
-            tree = _cut_to_machine(tree, heads.tree_path, budget, target_model_config.dtype)
+            tree = _cut_to_machine(whole, budget, target_model_config.dtype)
             if tree is None:
                 return None
             schedule = budget.schedule

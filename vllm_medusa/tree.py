@@ -223,6 +223,13 @@ class TokenTree:
             masks.append(masks[parent] | 1 << row)
         return tuple(masks)
 
+    def path_to(self, row: int) -> list[int]:
+        """Rows from the root to ``row``, both included."""
+        path = [row]
+        while self.parents[path[-1]] >= 0:
+            path.append(self.parents[path[-1]])
+        return path[::-1]
+
     def mask_words(self) -> np.ndarray:
         """Return ``ancestor_masks`` as tensors store them: [num_rows] int64, same bits."""
         return np.array(self.ancestor_masks, dtype=np.uint64).view(np.int64)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_medusa.tree import TokenTree
-
-# Large enough for any tree, small enough that the walk's "limit reached" never binds.
-UNLIMITED = 64
-
-
-def signed_words(words: tuple[int, ...]) -> list[int]:
-    """Unsigned 64-bit words as the int64 that holds the same bits."""
-    return [word - (1 << 64) if word >> 63 else word for word in words]
 
 
 class TreeBatch:
@@ -55,13 +49,13 @@ class TreeBatch:
         self.device = device
         self.row_counts = row_counts or (tree.num_rows,)
 
-        def table(row: list[int] | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        def table(row: Sequence[int] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
             one = torch.tensor(row, dtype=dtype, device=device)
             return one.expand(max_num_reqs, -1).contiguous()
 
         self.parents = table(tree.parents, torch.int32)
         self.depths = table(tree.depths, torch.int32)
-        self.masks = table(signed_words(tree.ancestor_masks), torch.int64)
+        self.masks = table(tree.mask_words(), torch.int64)
         self.step_masks = self.masks.clone()
         self.num_tree_reqs = 0
         self.num_rows_np = np.empty(0, dtype=np.int32)

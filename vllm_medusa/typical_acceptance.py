@@ -18,7 +18,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_medusa.request_options import RequestOptions
-from vllm_medusa.tree_batch import UNLIMITED, TreeBatch
+from vllm_medusa.tree_batch import TreeBatch
 
 
 class Scores(NamedTuple):
@@ -146,6 +146,6 @@ class TypicalAcceptance:
         drawn = drawn.scatter_(0, parent_rows.flatten(), tokens[rows].flatten().to(drawn.dtype))
         tokens = torch.cat([tokens, tokens.new_zeros(1)])
         tokens[rows.where(nodes & ~on_path, num_logits)] = -1
-        limits = torch.full_like(slots, UNLIMITED, dtype=torch.int32)
+        limits = torch.full_like(slots, batch.num_rows, dtype=torch.int32)
         limits[places] = depths.gather(1, best)[:, 0]
         return drawn[:num_logits], tokens[:num_logits], limits

@@ -23,6 +23,8 @@ triton_utils.triton.next_power_of_2             vLLM's stand-in for Triton lacks
 SamplingParams._validate_spec_decode            refuses min_p and logit_bias under any
                                                 speculation, our rule is exact for both; and
                                                 the place to refuse a request's own options
+StructuredOutputManager._get_constraint_bounds  where a reasoning parser lets a grammar begin;
+                                                asked along one chain only by vLLM itself
 SpecDecodingProm.__init__                       one Prometheus label per draft token:
                                                 63 nodes, but only `depth` positions
 gpu.model_runner.init_speculator                a name imported by the runner's
@@ -45,7 +47,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -64,6 +66,7 @@ RELIED_ON = (
     ("vllm.config.speculative", "SpeculativeConfig.use_ngram_gpu"),
     ("vllm.sampling_params", "SamplingParams._validate_spec_decode"),
     ("vllm.v1.spec_decode.metrics", "SpecDecodingProm"),
+    ("vllm.v1.structured_output", "StructuredOutputManager._get_constraint_bounds"),
 )
 
 
@@ -270,6 +273,11 @@ def install_request_gate(
         return validate_spec_decode
 
     _wrap(SamplingParams, "_validate_spec_decode", make_validate)
+
+
+def constraint_bounds(manager: Any, request: Any, tokens: Sequence[int]) -> Any:
+    """Bounds of a structured-output request's grammar among its next ``tokens``."""
+    return manager._get_constraint_bounds(request, tokens)
 
 
 def needs_triton_stand_in(vllm_config: Any, is_medusa: Callable[[Any], bool]) -> bool:

@@ -61,7 +61,7 @@ def rank_labels(
 ) -> HeadRanks:
     """Rank of every head's label among the head's ``max_rank`` most likely tokens.
 
-    The ranking runs through ``MedusaHeads.top_tokens``, the code that serves.
+    The ranking runs through ``MedusaHeads.top_tokens``, on the logits that serving drafts from.
 
     Parameters
     ----------
