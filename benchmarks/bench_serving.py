@@ -11,6 +11,7 @@ by depth, and where the two sides' greedy answers part.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 from pathlib import Path
@@ -31,10 +32,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", required=True, help="Medusa heads")
     parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
-    parser.add_argument("--num-questions", type=int, default=80, help="spread over categories")
+    parser.add_argument(
+        "--num-questions",
+        type=int,
+        default=80,
+        help="spread over categories; batches take two waves if that is more",
+    )
     parser.add_argument("--turns", type=int, default=2, choices=(1, 2))
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=3)
@@ -49,6 +55,14 @@ def parse_args() -> argparse.Namespace:
         help="on a CPU: a third side, plain vLLM with the products that Medusa brings",
     )
     parser.add_argument(
+        "--side",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="a further side with this speculative_config; HEADS in it stands for the heads, as in "
+        "'fixed={\"method\": \"medusa\", \"model\": \"HEADS\", \"adaptive\": false}'",
+    )
+    parser.add_argument(
         "--kv-cache-gb",
         type=float,
         default=None,
@@ -58,16 +72,20 @@ def parse_args() -> argparse.Namespace:
 
 
 def answer(
-    side: EngineProcess, questions: list[Prompt], args: argparse.Namespace, concurrency: int
+    side: EngineProcess,
+    questions: list[Prompt],
+    args: argparse.Namespace,
+    concurrency: int,
+    temperature: float,
 ) -> dict[str, Any]:
     """All turns of all questions on one side."""
-    sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    sampling = {"temperature": temperature, "max_tokens": args.max_tokens}
     history: list[list[dict]] = [[] for _ in questions]
     result = {"seconds": 0.0, "answers": [[] for _ in questions]}
     for turn in range(args.turns):
         for messages, question in zip(history, questions, strict=True):
             messages.append({"role": "user", "content": question.turns[turn]})
-        own = {"seed": args.seed} if args.temperature > 0 else {}
+        own = {"seed": args.seed} if temperature > 0 else {}
         run = side.run([(messages, own) for messages in history], sampling, concurrency)
         result["seconds"] += run["seconds"]
         for messages, answers, output in zip(
@@ -145,46 +163,75 @@ def tokens_per_second(run: dict[str, Any]) -> float:
 
 
 def measure(
-    sides: dict[str, EngineProcess], questions: list[Prompt], args: argparse.Namespace, level: int
+    sides: dict[str, EngineProcess],
+    pool: list[Prompt],
+    args: argparse.Namespace,
+    level: int,
+    temperature: float,
 ) -> dict[str, Any]:
     """One concurrency: a warm-up, then rounds with the sides' order alternating."""
+    count = min(len(pool), max(args.num_questions, 2 * level))
+    questions = choose_prompts(pool, max(level, count // level * level))
     runs: dict[str, list] = {name: [] for name in sides}
     for side in sides.values():
-        answer(side, questions[: max(2, level)], args, level)
+        answer(side, questions[: max(2, level)], args, level, temperature)
     for round_index in range(args.rounds):
         order = list(sides) if round_index % 2 == 0 else list(sides)[::-1]
         for name in order:
-            runs[name].append(answer(sides[name], questions, args, level))
+            runs[name].append(answer(sides[name], questions, args, level, temperature))
             rate = tokens_per_second(runs[name][-1])
             print(f"concurrency {level} round {round_index} {name}: {rate:.1f} tok/s", flush=True)
     rates = {name: [tokens_per_second(run) for run in own] for name, own in runs.items()}
 
-    def speedup_over(name: str) -> dict[str, Any]:
-        return spread([m / p for m, p in zip(rates["medusa"], rates[name], strict=True)])
+    def ratio(name: str, base: str) -> dict[str, Any]:
+        return spread([m / p for m, p in zip(rates[name], rates[base], strict=True)])
 
     row_products = {}
     if "row products" in rates:
         row_products = {
             "row_products_tokens_per_s": spread(rates["row products"]),
-            "speedup_over_row_products": speedup_over("row products"),
+            "speedup_over_row_products": ratio("medusa", "row products"),
         }
+    further = [name for name in sides if name not in ("plain", "medusa", "row products")]
     return {
         "concurrency": level,
+        "temperature": temperature,
+        "num_questions": len(questions),
         "plain_tokens_per_s": spread(rates["plain"]),
         "medusa_tokens_per_s": spread(rates["medusa"]),
-        "speedup": speedup_over("plain"),
+        "speedup": ratio("medusa", "plain"),
         **row_products,
         "acceptance": acceptance(questions, runs["medusa"][-1]),
         "agreement": agreement(runs["plain"][-1], runs["medusa"][-1], sides["plain"])
-        if args.temperature == 0
+        if temperature == 0
         else None,
+        "further_sides": {
+            name: {
+                "tokens_per_s": spread(rates[name]),
+                "speedup": ratio(name, "plain"),
+                "acceptance": acceptance(questions, runs[name][-1]),
+            }
+            for name in further
+        },
     }
+
+
+def further_sides(given: list[str], heads: str) -> dict[str, dict]:
+    """Engine arguments of the sides named on the command line."""
+    sides = {}
+    for text in given:
+        name, _, config = text.partition("=")
+        config = json.loads(config)
+        if config.get("model") == "HEADS":
+            config["model"] = heads
+        sides[name] = {"speculative_config": config}
+    return sides
 
 
 def main() -> None:
     """Start both engines, measure, write the record."""
     args = parse_args()
-    questions = choose_prompts(read_prompts(args.questions).prompts, args.num_questions)
+    pool = read_prompts(args.questions).prompts
     common: dict[str, Any] = {
         "model": args.model,
         "dtype": args.dtype,
@@ -198,7 +245,7 @@ def main() -> None:
     if args.kv_cache_gb is not None:
         common["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 2**30)
         # Two engines share the GPU; vLLM refuses to start unless this share of it is free.
-        common["gpu_memory_utilization"] = 0.4
+        common["gpu_memory_utilization"] = 0.8 / (2 + len(args.side))
     speculative: dict[str, Any] = {"method": "medusa", "model": args.heads}
     if args.tree is not None:
         speculative["tree"] = args.tree
@@ -206,6 +253,7 @@ def main() -> None:
         speculative["num_speculative_tokens"] = args.nodes
     plain = {"per_request_spec_decode_metrics": "none"}
     extras: dict[str, dict] = {"plain": plain, "medusa": {"speculative_config": speculative}}
+    extras |= further_sides(args.side, args.heads)
     if args.row_products:
         extras["row products"] = plain | {
             "worker_cls": "row_product_worker.RowProductWorker",
@@ -222,7 +270,11 @@ def main() -> None:
         for side in sides.values() if args.kv_cache_gb is not None else ():
             side.wait_ready()
         print("both engines ready", flush=True)
-        results = [measure(sides, questions, args, level) for level in args.concurrency]
+        results = [
+            measure(sides, pool, args, level, temperature)
+            for temperature in args.temperature
+            for level in args.concurrency
+        ]
     finally:
         for side in sides.values():
             side.close()
@@ -239,10 +291,9 @@ def main() -> None:
             "speculative_config": {k: v for k, v in speculative.items() if k != "model"},
             "model": Path(args.model).name,
             "heads": Path(args.heads).name,
-            "num_questions": len(questions),
+            "further_sides": args.side,
             "turns": args.turns,
             "max_tokens": args.max_tokens,
-            "temperature": args.temperature,
             "rounds": args.rounds,
             "environment": settings,
             "results": results,
@@ -250,7 +301,7 @@ def main() -> None:
     )
     for result in results:
         print(
-            f"concurrency {result['concurrency']}: plain "
+            f"T={result['temperature']:g}, concurrency {result['concurrency']}: plain "
             f"{result['plain_tokens_per_s']['median']:.1f} tok/s, medusa "
             f"{result['medusa_tokens_per_s']['median']:.1f} tok/s, speed-up "
             f"{result['speedup']['median']:.2f}, tokens per step "

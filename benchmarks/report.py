@@ -41,10 +41,21 @@ def device(record: dict[str, Any]) -> str:
     return (provenance["gpus"] or [provenance["processor"]])[0]
 
 
+def median_of(values: dict[str, float]) -> str:
+    """Median and, in brackets, extremes."""
+    return f"{values['median']:.1f} ({values['min']:.1f}-{values['max']:.1f})"
+
+
 def serving_section(path: Path) -> str:
-    """Plain vLLM against Medusa on MT-Bench."""
+    """Plain vLLM against Medusa on MT-Bench, and further sides."""
     record = json.loads(path.read_text())
     rows, notes = [], []
+    for result in record["results"]:
+        # Older records have one temperature and one set of questions for all results.
+        result.setdefault("temperature", record.get("temperature"))
+        result.setdefault("num_questions", record.get("num_questions"))
+    temperatures = {result["temperature"] for result in record["results"]}
+    further = list(record["results"][0].get("further_sides", {}))
     for result in record["results"]:
         if "row_products_tokens_per_s" in result:
             own = result["row_products_tokens_per_s"]["median"]
@@ -59,30 +70,43 @@ def serving_section(path: Path) -> str:
         ratio = result["speedup"]
         rows.append(
             [
+                *([f"{result['temperature']:g}"] if len(temperatures) > 1 else []),
                 str(result["concurrency"]),
-                f"{plain['median']:.1f} ({plain['min']:.1f}-{plain['max']:.1f})",
-                f"{medusa['median']:.1f} ({medusa['min']:.1f}-{medusa['max']:.1f})",
+                median_of(plain),
+                median_of(medusa),
                 f"**{ratio['median']:.2f}** ({ratio['min']:.2f}-{ratio['max']:.2f})",
                 f"{acceptance['tokens_per_step']:.2f}",
                 " ".join(f"{rate:.2f}" for rate in acceptance["accepted_by_depth"]),
+                *(further_side(result["further_sides"][name]) for name in further),
             ]
         )
     header = [
+        *(["temperature"] if len(temperatures) > 1 else []),
         "requests at once", "plain tok/s", "Medusa tok/s", "speed-up", "tokens per step",
-        "accepted at depth 1, 2, ..",
+        "accepted at depth 1, 2, ..", *(f"{name}: speed-up, tokens per step" for name in further),
     ]  # fmt: skip
+    at = "" if len(temperatures) > 1 else f", temperature {min(temperatures):g}"
+    fewest = min(result["num_questions"] for result in record["results"])
+    most = max(result["num_questions"] for result in record["results"])
+    count = str(fewest) if fewest == most else f"{fewest} to {most}"
     categories = record["results"][0]["acceptance"]["tokens_per_step_by_category"]
     by_category = ", ".join(f"{name} {value:.2f}" for name, value in categories.items())
     commit = record["provenance"]["git_sha"] or "unknown"
     return (
-        f"**{record['model']} on {device(record)}**, {record['num_questions']} MT-Bench questions, "
-        f"{record['turns']} turn(s), at most {record['max_tokens']} tokens, temperature "
-        f"{record['temperature']:g}, medians of {record['rounds']} interleaved rounds (extremes in "
-        f"brackets); commit {commit[:10]}, `{path.relative_to(ROOT)}`:\n\n"
+        f"**{record['model']} on {device(record)}**, {count} MT-Bench questions, {record['turns']} "
+        f"turn(s), at most {record['max_tokens']} tokens{at}, medians of {record['rounds']} "
+        f"interleaved rounds (extremes in brackets); commit {commit[:10]}, "
+        f"`{path.relative_to(ROOT)}`:\n\n"
         f"{table(header, rows)}\n\n{''.join(notes)}Tokens per step by category: {by_category}."
         f"{agreement(record)}"
         f"\n\n`{shown_command(record)}`"
     )
+
+
+def further_side(result: dict[str, Any]) -> str:
+    """Speed-up over plain vLLM and tokens per step of a further side."""
+    steps = result["acceptance"]["tokens_per_step"]
+    return f"{result['speedup']['median']:.2f}, {steps:.2f}"
 
 
 def agreement(record: dict[str, Any]) -> str:
@@ -90,10 +114,9 @@ def agreement(record: dict[str, Any]) -> str:
     found = [r["agreement"] for r in record["results"] if r["agreement"] is not None]
     if not found:
         return ""
-    same = ", ".join(str(f["identical"]) for f in found)
-    total = found[0]["first_turns_compared"]
-    text = f" Answers identical to plain vLLM's: {same} of {total}"
-    if all(f["identical"] == total for f in found):
+    same = ", ".join(f"{f['identical']} of {f['first_turns_compared']}" for f in found)
+    text = f" Answers identical to plain vLLM's: {same}"
+    if all(f["identical"] == f["first_turns_compared"] for f in found):
         return text + "."
     gap = max(f["largest_gap"] for f in found)
     return (

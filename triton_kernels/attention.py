@@ -22,6 +22,9 @@ _JOIN_ELEMENTS = 2048
 _JOIN_MOST_ROWS = 8
 
 
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
 @cache
 def can_chain(device: torch.device) -> bool:
     """Whether a kernel may start before its predecessor ends (programmatic dependent launch)."""
@@ -34,6 +37,16 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132  # the interpreter plans for an H100
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def join_counters(device: torch.device, count: int) -> torch.Tensor:
+    """[>= count] int32 zeros of the current stream; a call leaves them as it finds them."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _counters.get((device, stream))
+    if found is None or len(found) < count:
+        found = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        _counters[device, stream] = found
+    return found
 
 
 def tree_attention(
@@ -152,13 +165,19 @@ def launch(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     workspace: torch.Tensor,
+    counters: torch.Tensor | None = None,
 ) -> None:
     """Run a plan on checked arguments (also the tuner's way in)."""
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
     padded_head = power_of_two_from(head_size)
-    chained = plan.num_splits > 1 and can_chain(q.device)
+    is_split = plan.num_splits > 1
+    is_joined = is_split and plan.is_joined
+    chained = is_split and not is_joined and can_chain(q.device)
+    if is_joined and counters is None:
+        counters = join_counters(q.device, plan.row_tiles * num_reqs * num_kv_heads)
+    block_splits = power_of_two_from(plan.num_splits)
     shape = {
         "WINDOW": sliding_window, "NUM_KV_HEADS": num_kv_heads, "GROUP": group,
         "HEAD_SIZE": head_size, "PADDED_HEAD": padded_head,
@@ -167,15 +186,15 @@ def launch(
     scales = {s.numel() for s in (k_scale, v_scale) if s is not None} or {1}
     tree_attention_kernel[(plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits)](
         out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
-        k_scale, v_scale, workspace, num_tokens, out.stride(0), q.stride(0),
+        k_scale, v_scale, workspace, counters, num_tokens, out.stride(0), q.stride(0),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),
         tree_masks.stride(0), **shape, SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=max(scales),
         BLOCK_SIZE=k_cache.shape[1], BLOCK_ROWS=plan.block_rows,
-        IS_SPLIT=plan.num_splits > 1, num_warps=plan.num_warps, num_stages=plan.num_stages,
+        IS_SPLIT=is_split, IS_JOINED=is_joined, BLOCK_SPLITS=block_splits,
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
-    if plan.num_splits == 1:
+    if not is_split or is_joined:
         return
-    block_splits = power_of_two_from(plan.num_splits)
     join_rows = max(1, min(_JOIN_MOST_ROWS, _JOIN_ELEMENTS // (block_splits * padded_head)))
     row_tiles = ceil_div(max_query_len * group, join_rows)
     join_splits_kernel[(row_tiles, num_reqs * num_kv_heads)](

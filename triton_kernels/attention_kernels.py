@@ -8,6 +8,7 @@ from .attention_tile import (
     LOG2_E,
     attend_tile,
     finish_rows,
+    join_tile,
     key_tiles,
     popcount,
     program_rows,
@@ -29,6 +30,7 @@ def tree_attention_kernel(
     k_scale,  # in [SCALES] float32 or None
     v_scale,  # in [SCALES] float32 or None
     workspace,  # out, IS_SPLIT: float32 accumulators, then (maximum, sum) pairs
+    counters,  # in-place, IS_JOINED: [row_tiles * num_reqs * Hkv] int32, 0 on entry and return
     num_tokens,
     out_stride,
     q_stride,
@@ -49,6 +51,8 @@ def tree_attention_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    IS_JOINED: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -56,6 +60,7 @@ def tree_attention_kernel(
 
     One program owns BLOCK_ROWS (query row, head of the group) pairs of one request and KV
     head, over one range of keys: all query heads of a KV head share the pass over it.
+    With IS_JOINED the program that ends last of a tile joins its splits.
     """
     if CHAINED:
         # The joining kernel's programs may start, and wait, as soon as all of these run.
@@ -118,6 +123,23 @@ def tree_attention_kernel(
         stats = workspace + num_splits * num_pairs * PADDED_HEAD
         tl.store(stats + 2 * pair, row_max, mask=is_row)
         tl.store(stats + 2 * pair + 1, row_sum, mask=is_row)
+        if IS_JOINED:
+            # All threads' results are written before one thread announces them; acquire and
+            # release order them with the reads of the program that comes last.
+            tl.debug_barrier()
+            counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            num_used = tl.cdiv(end_tile - first_tile, per_split)
+            if tl.atomic_add(counter, 1, sem="acq_rel") + 1 < num_used:
+                return
+            tl.store(counter, 0)
+            first = tokens * (NUM_KV_HEADS * GROUP) + heads
+            acc, row_max, row_sum = join_tile(
+                workspace, stats, first, num_pairs, num_used, is_row, PADDED_HEAD, BLOCK_SPLITS
+            )
+            result = finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES)
+            out_ptrs = out + tokens[:, None] * out_stride
+            out_ptrs += heads[:, None] * HEAD_SIZE + dims[None, :]
+            tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])

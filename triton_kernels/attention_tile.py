@@ -193,6 +193,44 @@ def attend_tile(
 
 
 @triton.jit
+def join_tile(
+    workspace,  # [num_splits, num_pairs, PADDED_HEAD] float32, other programs' accumulators
+    stats,  # [num_splits, num_pairs, 2] float32, their maxima and sums
+    pairs,  # [BLOCK_ROWS] int64
+    num_pairs,
+    num_used,  # splits that hold results
+    is_row,  # [BLOCK_ROWS]
+    PADDED_HEAD: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Accumulator, maximum and sum over all splits of a tile's pairs.
+
+    In the order of the splits, whichever program ended last: equal bits in every run.
+    """
+    # Other multiprocessors wrote them: read them where they all meet, in L2.
+    splits = tl.arange(0, BLOCK_SPLITS).to(tl.int64)
+    places = stats + 2 * (splits[:, None] * num_pairs + pairs[None, :])
+    is_used = (splits < num_used)[:, None] & is_row[None, :]
+    maxima = tl.load(places, mask=is_used, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(places + 1, mask=is_used, other=0.0, cache_modifier=".cg")
+    row_max = tl.max(maxima, 0)
+    anchor = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.sum(sums * tl.exp2(maxima - anchor[None, :]), 0)
+    acc = tl.zeros([pairs.shape[0], PADDED_HEAD], tl.float32)
+    acc_ptrs = workspace + pairs[:, None] * PADDED_HEAD + tl.arange(0, PADDED_HEAD)[None, :]
+    for split in tl.range(0, num_used, loop_unroll_factor=2):
+        step = tl.cast(split, tl.int64) * num_pairs
+        part = tl.load(
+            acc_ptrs + step * PADDED_HEAD, mask=is_row[:, None], other=0.0, cache_modifier=".cg"
+        )
+        split_max = tl.load(
+            stats + 2 * (step + pairs), mask=is_row, other=float("-inf"), cache_modifier=".cg"
+        )
+        acc += part * tl.exp2(split_max - anchor)[:, None]
+    return acc, row_max, row_sum
+
+
+@triton.jit
 def finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES: tl.constexpr):
     """Sinks, value scale and the division; rows that saw nothing become 0, not NaN."""
     if sinks is not None:

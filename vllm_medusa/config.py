@@ -62,6 +62,9 @@ class MedusaOptions:
     draft_vocab_size : int or None
         Heads that share the target's lm_head score its first ids only; 0 means all, None
         takes a quarter on a CPU and all on a GPU.
+    adaptive : bool or None
+        Choose the nodes of each step by what steps cost here and what is accepted lately;
+        None does so on a GPU unless nodes, tree or schedule were asked for.
     """
 
     model: str
@@ -74,6 +77,7 @@ class MedusaOptions:
     typical_epsilon: float = TYPICAL_EPSILON
     typical_delta: float | None = None
     draft_vocab_size: int | None = None
+    adaptive: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -93,6 +97,8 @@ class MedusaOptions:
             isinstance(self.num_heads, int) and self.num_heads >= 1
         ):
             raise ValueError(f"medusa: num_heads={self.num_heads!r} must be a positive integer")
+        if self.adaptive is not None and not isinstance(self.adaptive, bool):
+            raise ValueError(f"medusa: adaptive={self.adaptive!r} must be true or false")
         check_acceptance(self.acceptance, self.typical_epsilon, self.typical_delta, "medusa: ")
         if self.draft_vocab_size is not None and not (
             isinstance(self.draft_vocab_size, int)
@@ -182,22 +188,24 @@ def default_schedule(num_nodes: int, row_budget: int | None) -> list[tuple[int, 
     Returns
     -------
     list of (first, last, nodes), or None
-        None when every batch verifies the whole tree.  At least one node is left.
+        None when every batch verifies the whole tree. Batches for which not even one node each
+        is left get 0, plain decoding.
 
     Examples
     --------
-    >>> default_schedule(63, 256)[:3]
-    [(1, 4, 63), (5, 8, 31), (9, 16, 15)]
+    >>> schedule = default_schedule(63, 256)
+    >>> schedule[:3], schedule[-2:]
+    ([(1, 4, 63), (5, 8, 31), (9, 16, 15)], [(65, 128, 1), (129, 256, 0)])
     """
     if row_budget is None:
         return None
     schedule, first, nodes = [], 1, num_nodes
-    while nodes > 1:
+    while nodes >= 1:
         last = max(first, row_budget // (nodes + 1))
         schedule.append((first, last, nodes))
         # Few distinct widths: each is captured as graphs of its own.
-        first, nodes = last + 1, max(1, (nodes + 1) // 2 - 1)
-    return [*schedule, (first, max(first, row_budget), 1)]
+        first, nodes = last + 1, max(nodes > 1, (nodes + 1) // 2 - 1)
+    return [*schedule, (first, max(first, row_budget), 0)]
 
 
 def parse_speculative_model(value: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -13,7 +14,14 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_medusa.grammar_masks import tree_masks
+from vllm_medusa.node_budget import NodeBudget
 from vllm_medusa.request_options import RequestOptions
+from vllm_medusa.step_costs import StepCosts
+
+logger = init_logger(f"vllm.{__name__}")
+
+# Steps between two looks at the nodes' price; 64 are half a second of an 8B model.
+STEPS_PER_LOOK = 64
 
 
 class TreeSchedulerMixin:
@@ -33,6 +41,40 @@ class TreeSchedulerMixin:
         self._depth_of_nodes = [0]
         for depth in tree.depths[1:]:
             self._depth_of_nodes.append(max(depth, self._depth_of_nodes[-1]))
+        self._budget = self._read_budget(vllm_config)
+        self._steps_to_look = 0
+
+    def _read_budget(self, vllm_config: Any) -> NodeBudget | None:
+        """What steps cost, as the workers measured it; None where the schedule stays as it is."""
+        config = self._speculative_config
+        if not config.node_frequencies or self.dynamic_sd_lookup is None:
+            return None
+        path = config.costs_file(vllm_config.instance_id)
+        try:
+            costs = StepCosts.load(path)
+            path.unlink()
+        except FileNotFoundError:
+            logger.info("Medusa: the workers run on another host; nodes follow the fixed schedule")
+            return None
+        choices = {1, *config.row_counts(self.max_num_running_reqs)}
+        return NodeBudget(config.node_frequencies, [rows - 1 for rows in choices], costs)
+
+    def _look_at_prices(self) -> None:
+        """Choose anew, for every batch size, the nodes of a step."""
+        self._steps_to_look = STEPS_PER_LOOK
+        context = sum(r.num_computed_tokens for r in self.running) / max(1, len(self.running))
+        nodes = self._budget.schedule(self.dynamic_sd_lookup, context)
+        if nodes != self.dynamic_sd_lookup:
+            logger.debug("Medusa: nodes by batch size %s at %d tokens of context", nodes, context)
+        self.dynamic_sd_lookup = nodes
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's own; every now and then the nodes for each batch size are chosen anew."""
+        if self._budget is not None:
+            self._steps_to_look -= 1
+            if self._steps_to_look < 0:
+                self._look_at_prices()
+        return super().schedule(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
         """Remember the request's own node budget; count its acceptance by depth."""
@@ -129,6 +171,8 @@ class TreeSchedulerMixin:
         request_id: str,
     ) -> SpecDecodingStats | None:
         """One step of one request, in tokens of depth."""
+        if self._budget is not None:
+            self._budget.observe(num_draft_tokens, num_accepted_tokens)
         if not self.log_stats or not num_draft_tokens:
             return None
         if spec_decoding_stats is None:

@@ -61,6 +61,9 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     typical_delta: float = math.sqrt(TYPICAL_EPSILON)
     draft_vocab_size: int | None = None
     """First ids that heads with a shared lm_head score; None: all."""
+    node_frequencies: tuple[float, ...] = ()
+    """Share of steps whose path held each node in calibration, where the nodes of a step are chosen
+    as it comes; empty: they follow the schedule."""
     packed_layers: str = ""
     """Which of the target's layers multiply by the row product, and over what; set by the worker
     once they are loaded."""
@@ -93,6 +96,10 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             self.num_speculative_tokens_per_batch_size, max_num_seqs, self.num_speculative_tokens
         )
         return tuple(sorted({1 + n for n in nodes[1:]}))
+
+    def costs_file(self, instance_id: str) -> Path:
+        """Where an engine's first worker leaves what steps cost, for its scheduler."""
+        return Path(envs.VLLM_CACHE_ROOT) / "vllm_medusa" / f"steps-{instance_id}.json"
 
     def __repr__(self) -> str:
         method, model = self.method, self.model
@@ -127,7 +134,8 @@ def choose_tree(options: MedusaOptions, num_heads: int, tree_file: Path | None) 
     else:
         tree = TokenTree.load(tree_file) if tree_file else TokenTree.preset(DEFAULT_TREE)
         # A default must fit fewer heads too: dropping whole depths keeps a tree.
-        tree = TokenTree.from_paths([path for path in tree.paths if len(path) <= num_heads])
+        if tree.max_depth > num_heads:
+            tree = TokenTree.from_paths([path for path in tree.paths if len(path) <= num_heads])
     budget = options.num_speculative_tokens
     if budget is None:
         budget = DEFAULT_NODE_BUDGET.get(current_platform.device_type, DEFAULT_NODE_BUDGET["cuda"])
@@ -152,6 +160,38 @@ def choose_schedule(options: MedusaOptions, tree: TokenTree) -> list[tuple[int, 
             ) from None
     budget = ROW_BUDGET.get(current_platform.device_type, ROW_BUDGET["cuda"])
     return default_schedule(tree.num_nodes, budget)
+
+
+def choose_frequencies(
+    options: MedusaOptions, tree: TokenTree, schedule: list | None
+) -> tuple[float, ...]:
+    """What the tree promises node by node, if the nodes of a step shall be chosen by it.
+
+    Raises
+    ------
+    ValueError
+        When that was asked for and cannot be.
+    """
+    free = (options.tree, options.num_speculative_tokens) == (None, None) and (
+        options.num_speculative_tokens_per_batch_size is None
+    )
+    wanted = options.adaptive
+    if wanted is None:
+        wanted = free and schedule is not None and not current_platform.is_cpu()
+    frequencies = tree.metadata.get("frequencies")
+    if not wanted or (frequencies is None and options.adaptive is None):
+        return ()
+    if frequencies is None:
+        raise ValueError(
+            "medusa: adaptive=true needs a tree.json whose nodes have frequencies; make it with "
+            "`vllm-medusa calibrate`"
+        )
+    if schedule is None:
+        raise ValueError(
+            "medusa: adaptive=true chooses among the node counts of a schedule; give "
+            "num_speculative_tokens_per_batch_size"
+        )
+    return tuple(frequencies[: tree.num_nodes])
 
 
 @contextlib.contextmanager
@@ -192,6 +232,29 @@ def choose_draft_vocabulary(options: MedusaOptions, spec: HeadSpec) -> int | Non
     if asked is None:
         return default_size(current_platform.device_type, spec.vocab_size)
     return asked or None
+
+
+def usable_heads(options: MedusaOptions, spec: HeadSpec, num_stages: int) -> int:
+    """Heads that a tree may reach: those asked for, else all in the file.
+
+    Raises
+    ------
+    ValueError
+        When the file holds fewer, or they cannot run on the last of several pipeline stages.
+    """
+    if spec.sequential and num_stages > 1:
+        raise ValueError(
+            f"medusa: {options.model} holds sequential heads, which read the input embeddings; "
+            f"with pipeline_parallel_size={num_stages} those are on another stage; use independent "
+            "heads or one stage"
+        )
+    if options.num_heads is None:
+        return spec.num_heads
+    if options.num_heads > spec.num_heads:
+        raise ValueError(
+            f"medusa: num_heads={options.num_heads} but {options.model} holds {spec.num_heads}"
+        )
+    return options.num_heads
 
 
 def budget_for_machine(tree: TokenTree, num_heads: int, model: Any) -> Budget | None:
@@ -265,20 +328,7 @@ def create_medusa_config(
             vocab_size=target_model_config.get_vocab_size(),
             base_model=target_model_config.model,
         )
-    num_heads = heads.spec.num_heads
-    if heads.spec.sequential and target_parallel_config.pipeline_parallel_size > 1:
-        stages = target_parallel_config.pipeline_parallel_size
-        raise ValueError(
-            f"medusa: {options.model} holds sequential heads, which read the input embeddings; "
-            f"with pipeline_parallel_size={stages} those are on another stage; use independent "
-            "heads or one stage"
-        )
-    if options.num_heads is not None:
-        if options.num_heads > num_heads:
-            raise ValueError(
-                f"medusa: num_heads={options.num_heads} but {options.model} holds {num_heads}"
-            )
-        num_heads = options.num_heads
+    num_heads = usable_heads(options, heads.spec, target_parallel_config.pipeline_parallel_size)
     tree = choose_tree(options, num_heads, heads.tree_path)
     schedule = choose_schedule(options, tree)
     free = (options.tree, options.num_speculative_tokens, schedule) == (None, None, None)
@@ -312,6 +362,7 @@ def create_medusa_config(
         typical_epsilon=epsilon,
         typical_delta=delta,
         draft_vocab_size=choose_draft_vocabulary(options, heads.spec),
+        node_frequencies=choose_frequencies(options, tree, schedule),
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )

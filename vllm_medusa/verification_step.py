@@ -175,6 +175,18 @@ class VerificationStep:
             return None
         return desc.num_reqs, lambda: manager.run_fullgraph(desc)
 
+    def replay_dummy(self, num_reqs: int, rows: int) -> bool:
+        """Replay the graph of a batch of padding only, to time it; False where there is none."""
+        manager = self.runner.speculator.step_graphs
+        if manager is None or self.hidden_states is None or rows not in self.cu_rows:
+            return False
+        desc = manager.dispatch(num_reqs, num_reqs * rows, rows, 0)
+        if desc.cg_mode != CUDAGraphMode.FULL:
+            return False
+        self.slots.fill_(-1)
+        manager.run_fullgraph(desc)
+        return True
+
     def capture(self, manager: CudaGraphManager) -> None:
         """Record the step for every size of ``manager``; all rows are padding meanwhile."""
         runner, sampler = self.runner, self.runner.sampler

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_medusa.front_end import CUDA_BACKEND
+from vllm_medusa.step_timer import measure_steps
 
 
 class MedusaWorker(Worker):
@@ -15,6 +18,16 @@ class MedusaWorker(Worker):
         """Register the attention backend in this process, then start as usual."""
         register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKEND)
         super().init_device()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up and capture as usual; then time the steps, where their nodes follow the time."""
+        times = super().compile_or_warm_up_model()
+        config = self.vllm_config.speculative_config
+        if config.node_frequencies:
+            costs = measure_steps(self.model_runner)
+            if self.rank == 0:
+                costs.save(config.costs_file(self.vllm_config.instance_id))
+        return times
 
     def _make_model_runner(self):
         from vllm_medusa.runner import MedusaModelRunner

@@ -1,0 +1,67 @@
+"""What a decode step costs on this machine: by requests, rows and context, measured at start."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of decode steps in which every request has the same number of rows.
+
+    Attributes
+    ----------
+    seconds : mapping
+        ``(rows, requests, context) -> seconds``; ``rows`` is 1 for plain decoding, else the
+        tree's nodes and its root. Each pair of rows and requests is there with every context.
+    """
+
+    seconds: Mapping[tuple[int, int, int], float]
+
+    def of(self, rows: int, requests: int, context: float) -> float | None:
+        """Seconds of a step, linear between what was measured and beyond the contexts.
+
+        None where rows were not measured or the batch is larger than any that was: no CUDA
+        graph covers it.
+
+        Examples
+        --------
+        >>> costs = StepCosts({(4, 1, 0): 1.0, (4, 1, 100): 2.0, (4, 3, 0): 3.0, (4, 3, 100): 4.0})
+        >>> costs.of(4, 2, 50), costs.of(4, 1, 300), costs.of(4, 4, 0)
+        (2.5, 4.0, None)
+        """
+        sizes = sorted({m for n, m, _ in self.seconds if n == rows})
+        above = next((size for size in sizes if size >= requests), None)
+        if above is None:
+            return None
+        below = max((size for size in sizes if size <= requests), default=above)
+        low, high = (self._at_context(rows, size, context) for size in (below, above))
+        share = 0.0 if above == below else (requests - below) / (above - below)
+        return low + share * (high - low)
+
+    def _at_context(self, rows: int, requests: int, context: float) -> float:
+        size = (rows, requests)
+        known = sorted((c, t) for (n, m, c), t in self.seconds.items() if (n, m) == size)
+        if len(known) == 1:
+            return known[0][1]
+        # The pair around it, or the outer pair.
+        end = next((i for i, (c, _) in enumerate(known) if c >= context), len(known) - 1)
+        (c0, t0), (c1, t1) = known[max(0, end - 1)], known[max(1, end)]
+        # Noise must not make a longer context cheaper than a step at all.
+        return max(t0 + (context - c0) / (c1 - c0) * (t1 - t0), min(t0, t1) / 2)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, at once or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps([[*key, value] for key, value in self.seconds.items()]))
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> StepCosts:
+        """Read what :meth:`save` wrote."""
+        return cls({(n, m, c): t for n, m, c, t in json.loads(path.read_text())})
