@@ -250,6 +250,28 @@ def cpu_runner_section(path: Path) -> str:
     return measured_table(text, path, record, header, rows)
 
 
+def soak_section(path: Path) -> str:
+    """What was left of many mixed requests."""
+    record = json.loads(path.read_text())
+    counts, metrics, grown = record["counts"], record["metrics"], record["growth_kilobytes"]
+    return (
+        f"**Soak** on {device(record)}: {record['requests']:,} {record['what']}, "
+        f"{record['requests_per_s']:.0f} requests and "
+        f"{counts['tokens'] / record['seconds']:.0f} tokens a second beside other work; "
+        f"{counts['left early']:,} clients left early, "
+        f"{metrics['num_preemptions']:,.0f} preemptions, "
+        f"{metrics['prefix_cache_hits']:,.0f} prompt tokens from the prefix cache, "
+        f"{metrics['spec_decode_num_drafts']:,.0f} trees with "
+        f"{metrics['spec_decode_num_accepted_tokens']:,.0f} accepted tokens. Afterwards no block, "
+        "slot or request is held; fitted growth of memory over the whole run is "
+        f"{grown['engine'] / 1024:.1f} MiB (engine) and {grown['front end'] / 1024:.1f} MiB (front "
+        f"end); {record['answers_equal_to_plain_vllm']} of "
+        f"{record['answers_equal_to_plain_vllm']} compared answers are plain vLLM's; "
+        f"`{path.relative_to(ROOT)}`.\n\n"
+        f"`pytest -m long tests/integration/test_soak.py --records {RESULTS.relative_to(ROOT)}`"
+    )
+
+
 def refusals_section() -> str:
     """What is supported, and the refusals of the start-up check."""
     sys.path.insert(0, str(ROOT))
@@ -269,6 +291,7 @@ def results_section() -> str:
     parts += [compaction_section(path) for path in sorted(RESULTS.glob("*_kv_compaction.json"))]
     parts += [walk_section(path) for path in sorted(RESULTS.glob("*_walk.json"))]
     parts += [cpu_runner_section(path) for path in sorted(RESULTS.glob("cpu_runner.json"))]
+    parts += [soak_section(path) for path in sorted(RESULTS.glob("cpu_soak.json"))]
     return "\n\n".join(parts)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import runpy
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,11 @@ MARKERS = {
     "slow": "takes more than a few seconds; deselect with -m 'not slow'",
     "long": "takes minutes to hours; runs only when named, as in -m long",
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Long runs write what they found as records of benchmarks/results."""
+    parser.addoption("--records", type=Path, metavar="FOLDER", help="write records of long runs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +65,19 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture
+def write_record(request: pytest.FixtureRequest) -> Callable[[str, dict], None]:
+    """``write_record(name, record)`` writes FOLDER/name.json under ``--records FOLDER``."""
+
+    def write(name: str, record: dict) -> None:
+        folder = request.config.getoption("--records")
+        if folder is not None:
+            path = Path(__file__).parents[1] / "benchmarks" / "records.py"
+            runpy.run_path(str(path))["write_record"](folder / f"{name}.json", record)
+
+    return write
 
 
 @pytest.fixture(autouse=True)

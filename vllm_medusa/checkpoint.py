@@ -177,7 +177,9 @@ def _hidden_size(
     reader: HeadReader, lm_head_keys: list[str], wanted: int | None, base_note: str
 ) -> int:
     table = reader.table
-    key = table.weights[0, 0] if table.weights else lm_head_keys[0]
+    # Without layers the first matrix tells, which of a low-rank lm_head is the one below.
+    first = table.weights or table.lm_heads_down or dict(enumerate(lm_head_keys))
+    key = first[min(first)]
     tensor = reader.source.read(key)
     found = tensor.shape[-1] if tensor.ndim and tensor.numel() else 0
     if found < 1 or (wanted is not None and found != wanted):

@@ -32,12 +32,23 @@ def read_extras(reader: HeadReader, num_heads: int, hidden_size: int, dtype: tor
         _check_complete(reader, keys, range(num_heads), "{}.lm_head_down.weight")
         if not (table.lm_heads or table.common_lm_head):
             raise reader.missing("0.lm_head.weight", "lm_head_down without an lm_head")
-        rank = reader.source.read(keys[0]).shape[0]
+        first = reader.source.read(keys[0])
+        rank = first.shape[0] if first.ndim else 0
+        if not 1 <= rank <= hidden_size:
+            raise CheckpointError(
+                reader.source.file_of(keys[0]),
+                keys[0],
+                f"shape {list(first.shape)}",
+                f"[rank, {hidden_size}] with a rank from 1 to {hidden_size}",
+                "save the heads again",
+            )
         down = _stack(reader, [keys[head] for head in range(num_heads)], (rank, hidden_size), dtype)
     paths = None
     if keys := table.path_weights:
         pairs = [(head, place) for head in range(num_heads) for place in range(head + 1)]
         _check_complete(reader, keys, pairs, "{0[0]}.path.{0[1]}.weight")
+        if not table.weights:
+            raise reader.missing(table.weight_key(0, 0), "path matrices without a layer")
         paths = _stack(reader, [keys[pair] for pair in pairs], (hidden_size, hidden_size), dtype)
     return Extras(down, paths)
 

@@ -34,6 +34,9 @@ KNOWN_FILES = (
 # Of one file; what common file systems take.
 MOST_NAME_LENGTH = 255
 
+# The index of a model of a thousand shards is a few megabytes.
+MOST_JSON_BYTES = 64 << 20
+
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -107,6 +110,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON mapping, {} when the file does not exist."""
     if not path.is_file():
         return {}
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise CheckpointError(
+            path, None, f"{size} bytes", f"JSON of at most {MOST_JSON_BYTES} bytes",
+            "repair or remove the file",
+        )
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -130,7 +138,7 @@ def open_tensors(file: Path) -> Any:
     if file.suffix not in PICKLE_SUFFIXES:
         try:
             return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise CheckpointError(
                 file, None, f"a damaged or truncated file of {file.stat().st_size} bytes ({error})",
                 "a complete safetensors file", "download or copy it again",

@@ -116,10 +116,11 @@ class HeadReader:
 
     def resolve_dtype(self) -> torch.dtype:
         """Return the dtype of the result, refusing integers and mixtures."""
-        keys = [*self.table.weights.values(), *self.table.biases.values()]
-        keys += self.table.lm_heads.values()
-        if self.table.common_lm_head:
-            keys.append(self.table.common_lm_head)
+        table = self.table
+        keys = [*table.weights.values(), *table.biases.values(), *table.lm_heads.values()]
+        keys += [*table.lm_heads_down.values(), *table.path_weights.values()]
+        if table.common_lm_head:
+            keys.append(table.common_lm_head)
         found: dict[torch.dtype, str] = {}
         for key in keys:
             tensor_dtype = self.source.read(key).dtype

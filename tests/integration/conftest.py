@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     model = builder.make_model(root / "model")
     builder.fit_heads(model, root / "heads")
     return {"model": str(root / "model"), "heads": str(root / "heads")}
+
+
+@pytest.fixture(scope="session")
+def tiny_spelled(
+    tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The same with a tokenizer of single characters."""
+    import tiny_tokenizer
+
+    directory = tmp_path_factory.mktemp("spelled") / "model"
+    shutil.copytree(tiny["model"], directory)
+    tiny_tokenizer.write_tokenizer(directory)
+    return {**tiny, "model": str(directory)}
 
 
 @pytest.fixture(scope="session")

@@ -8,18 +8,17 @@ away from it.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import math
 import os
-import pickle
 import shutil
 import struct
-import zipfile
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from head_pickle_cases import pickle_bytes
 from safetensors.torch import save
 
 SAFETENSORS, PICKLE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
@@ -47,6 +46,12 @@ KEYS = (
     "token_id_remap", "d2t", "t2d", "medusa_heads.0.0.linear.weight", "medusa_heads.token_map",
     "medusa_head.0.0.linear.weight", "medusa_heads.blocks.0.layers.0.weight", "hydra", "\x00",
     "model.layers.0.mlp.up_proj.weight", "base_model.x", "__metadata__", "0.0.linear.weight ",
+    "0.lm_head.weight", "1.lm_head.weight", "0.lm_head_down.weight", "9.lm_head_down.weight",
+    "0.path.0.weight", "1.path.1.weight", "0.path.7.weight", "999.path.999.weight",
+    "0.lm_head_down.weight_scale", "0.path.0.weight_scale", "lm_head.weight_scale",
+)  # fmt: skip
+PLACES = (
+    "link", "loop", "dangling", "folder", "device", "suffix", "name", "file", "fifo", "sparse",
 )  # fmt: skip
 CONFIG_KEYS = (
     "model_type", "original_lm_head", "vocab_size", "medusa_vocab_size", "medusa_num_heads",
@@ -90,31 +95,55 @@ class Case:
 
 def base_tensors(rng: Random) -> dict[str, torch.Tensor]:
     """A small checkpoint of a random format that loads as it is."""
-    heads, layers, size, rows = (rng.choice(n) for n in ((1, 2, 3), (1, 2), (1, 4), (5, 8)))
+    heads, layers, size, rows = (rng.choice(n) for n in ((1, 2, 3), (0, 1, 1, 2), (1, 4), (5, 8)))
     prefix = rng.choice(("", "", "medusa_head.", "medusa_heads."))
-    bias, own = rng.choice((True, False)), rng.choice((True, False))
+    bias, own = rng.choice((True, False)), rng.choice((True, not layers))
     flat = rng.choice((False, False, True))
     if flat:
         prefix = ""
     dtype = rng.choice((torch.float32, torch.bfloat16))
 
-    def values(*shape: int) -> torch.Tensor:
-        count = int(torch.tensor(shape).prod())
-        return (torch.arange(count) % 13 / 8 - 0.5).to(dtype).view(shape)
-
     tensors = {}
     for head in range(heads):
         for layer in range(layers):
             stem = f"blocks.{head}.layers.{layer}" if flat else f"{prefix}{head}.{layer}.linear"
-            tensors[f"{stem}.weight"] = values(size, size) + head
+            tensors[f"{stem}.weight"] = _values(dtype, size, size) + head
             if bias:
-                tensors[f"{stem}.bias"] = values(size) + layer
-        if own:
+                tensors[f"{stem}.bias"] = _values(dtype, size) + layer
+    if not flat and not prefix and rng.choice((True, False)):
+        kinds = ("common", "own", "low-rank", "none") if layers else ("own", "low-rank")
+        tensors |= own_format_tensors(rng, rng.choice(kinds), dtype, heads, size, rows)
+    elif own:
+        for head in range(heads):
             key = f"lm_heads.{head}.weight" if flat else f"{prefix}{head}.{layers}.weight"
-            tensors[key] = values(rows, size)
-    if own and rng.choice((True, False, False)) and (flat or not prefix):
-        tensors["token_map" if flat else "token_id_remap"] = torch.arange(rows)
+            tensors[key] = _values(dtype, rows, size)
+        if rng.choice((True, False, False)) and (flat or not prefix):
+            tensors["token_map" if flat else "token_id_remap"] = torch.arange(rows)
     return tensors
+
+
+def own_format_tensors(
+    rng: Random, kind: str, dtype: torch.dtype, heads: int, size: int, rows: int
+) -> dict[str, torch.Tensor]:
+    """What format M adds: common or low-rank lm_heads, path matrices."""
+    tensors = {}
+    rank = rng.choice((1, 2)) if kind == "low-rank" else size
+    if kind == "common":
+        tensors["lm_head.weight"] = _values(dtype, rows, size)
+    elif kind != "none":
+        for head in range(heads):
+            tensors[f"{head}.lm_head.weight"] = _values(dtype, rows, rank)
+            if kind == "low-rank":
+                tensors[f"{head}.lm_head_down.weight"] = _values(dtype, rank, size)
+    if rng.choice((True, False)):
+        for head in range(heads):
+            for place in range(head + 1):
+                tensors[f"{head}.path.{place}.weight"] = _values(dtype, size, size)
+    return tensors
+
+
+def _values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return (torch.arange(math.prod(shape)) % 13 / 8 - 0.5).to(dtype).view(shape)
 
 
 def change_tensor(rng: Random, tensors: dict[str, torch.Tensor]) -> str:
@@ -200,64 +229,6 @@ def change_bytes(rng: Random, content: bytes) -> bytes:
     return content + (noise if kind == "append" else bytes(64))
 
 
-class Bomb:
-    """Creates a file when unpickled by a loader that executes what it reads."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.trace),))
-
-
-def pickle_bytes(rng: Random, tensors: dict, trace: Path) -> tuple[bytes, str]:
-    """A ``.pt`` file: plain, nested, of other objects, with code, legacy, compressed."""
-    bomb = Bomb(trace)
-    key = next(iter(tensors), "x")
-    odd = (
-        [torch.ones(2)], {"state_dict": tensors}, {**tensors, 3: torch.ones(2)}, {None: 1},
-        {(1, 2): torch.ones(1)}, {**tensors, key: 3}, "text", 7, None, torch.ones(3),
-        {**tensors, key: torch.ones(4, 4).to_sparse()}, {**tensors, key: torch.ones(4, 4).T},
-        {**tensors, key: torch.empty(4, 4, device="meta")},
-        {**tensors, key: torch.nn.Parameter(torch.ones(4, 4))},
-        {**tensors, key: torch.ones(1, 1).expand(4, 4)},
-        {**tensors, key: torch.ones(1, 1).expand(2**31, 4)}, {key: tensors.get(key)},
-    )  # fmt: skip
-    kind = rng.choice(("plain", "odd", "code", "legacy", "legacy code", "compressed", "sizes"))
-    content: Any = rng.choice(odd) if kind == "odd" else tensors
-    if "code" in kind:
-        content = rng.choice((bomb, {**tensors, key: bomb}, [bomb], {"x": [bomb]}))
-    if kind == "legacy code" and rng.choice((True, False)):
-        return pickle.dumps(content, protocol=rng.choice((0, 2, 4))), "raw pickle"
-    buffer = io.BytesIO()
-    torch.save(content, buffer, _use_new_zipfile_serialization="legacy" not in kind)
-    if kind == "compressed":
-        method = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED))
-        return _rezip(buffer.getvalue(), method), kind
-    if kind == "sizes":
-        return _lie_about_sizes(rng, buffer.getvalue()), kind
-    return buffer.getvalue(), kind
-
-
-def _rezip(content: bytes, method: int) -> bytes:
-    """The same archive, written by another program."""
-    target = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(target, "w", method) as new:
-        for info in old.infolist():
-            new.writestr(info.filename, old.read(info))
-    return target.getvalue()
-
-
-def _lie_about_sizes(rng: Random, content: bytes) -> bytes:
-    """Change small integers of the pickle, among them sizes, strides and storage lengths."""
-    start = content.find(b"\x80\x02")
-    place = content.find(b"K", start + rng.randrange(1, 300))
-    if start < 0 or place < 0:
-        return content
-    small = bytes([rng.choice((0, 1, 255, 127, 16))])
-    return content[: place + 1] + small + content[place + 2 :]
-
-
 def write_index(rng: Random, directory: Path, tensors: dict[str, torch.Tensor]) -> str:
     """A sharded checkpoint whose index may say anything."""
     (directory / "shard.safetensors").write_bytes(save(tensors))
@@ -300,7 +271,7 @@ def write_surroundings(rng: Random, directory: Path) -> str:
 
 def change_place(rng: Random, case: Case, file: Path) -> str:
     """Links, folders and names around the weights file."""
-    kind = rng.choice(("link", "loop", "dangling", "folder", "device", "suffix", "name", "file"))
+    kind = rng.choice(PLACES)
     if kind == "file":
         case.path = file
     elif kind == "name":
@@ -313,10 +284,21 @@ def change_place(rng: Random, case: Case, file: Path) -> str:
     elif kind == "link":
         file.rename(file.parent / "blob")
         file.symlink_to("blob")
+    elif kind == "sparse":
+        # Terabytes that take no room on the disk, with a header to match.
+        size = rng.choice((1, 2**20))
+        header = {"dtype": "F32", "shape": [size, size], "data_offsets": [0, 4 * size * size]}
+        text = json.dumps({"0.0.linear.weight": header}).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(file, 8 + len(text) + 4 * size * size)
+        case.tensors = None
     else:
         file.unlink()
         if kind == "folder":
             file.mkdir()
+        elif kind == "fifo":
+            os.mkfifo(file)
+            case.path = rng.choice((file, case.path))
         else:
             target = {"loop": file.name, "dangling": "nowhere", "device": "/dev/zero"}[kind]
             file.symlink_to(target)

@@ -50,6 +50,48 @@ def test_integers(tmp_path):
     refused(tmp_path, "1.0.linear.weight", "torch.int32", "bfloat16")
 
 
+@pytest.mark.parametrize(
+    "shape", [(), (0, D), (D + 1, D)], ids=["no dimension", "no rows", "more rows than columns"]
+)
+def test_impossible_rank(tmp_path, shape):
+    tensors = Parts().nested(lm_heads=False) | {"lm_head.weight": torch.ones(V, 2).bfloat16()}
+    tensors |= {f"{head}.lm_head_down.weight": torch.ones(shape).bfloat16() for head in range(K)}
+    write(tmp_path, FILE, tensors)
+    refused(tmp_path, "0.lm_head_down.weight", f"shape {list(shape)}", "rank")
+
+
+def test_path_matrices_without_layers(tmp_path):
+    tensors = {"0.lm_head.weight": torch.ones(V, D), "0.path.0.weight": torch.ones(D, D)}
+    write(tmp_path, FILE, tensors)
+    refused(tmp_path, "0.0.linear.weight", "path matrices without a layer")
+
+
+def test_low_rank_without_layers_tells_the_hidden_size(tmp_path):
+    down = {"0.lm_head.weight": torch.ones(V, 2), "0.lm_head_down.weight": torch.ones(2, D)}
+    write(tmp_path, FILE, down)
+    assert load_heads(tmp_path, hidden_size=D).spec.lm_head_rank == 2
+
+
+def test_a_file_too_large_for_json(tmp_path):
+    write_c1(tmp_path)
+    with (tmp_path / "config.json").open("r+") as file:
+        file.truncate(1 << 40)
+    refused(tmp_path, "config.json", str(1 << 40), "at most")
+
+
+@pytest.mark.parametrize("key", ["1.lm_head_down.weight", "1.path.1.weight"])
+def test_integers_of_our_own_format(tmp_path, key):
+    tensors = Parts().nested(lm_heads=False) | {"lm_head.weight": torch.ones(V, 2).bfloat16()}
+    down = torch.ones(2, D).bfloat16()
+    tensors |= {f"{head}.lm_head_down.weight": down.clone() for head in range(K)}
+    paths = [(head, place) for head in range(K) for place in range(head + 1)]
+    tensors |= {f"{h}.path.{p}.weight": torch.ones(D, D).bfloat16() for h, p in paths}
+    write(tmp_path, FILE, tensors)
+    assert load_heads(tmp_path).spec.lm_head_rank == 2
+    write(tmp_path, FILE, tensors | {key: tensors[key].int()})
+    refused(tmp_path, key, "torch.int32")
+
+
 def test_fp8_without_scale(tmp_path):
     write_c1(
         tmp_path,

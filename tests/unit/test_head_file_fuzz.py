@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import random
 import resource
 import signal
@@ -17,11 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 from head_file_cases import TRACE, Case, write_case
+from head_pickle_cases import live_programs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_medusa.checkpoint import CheckpointError, HeadWeights, load_heads
 from vllm_medusa.tree import TokenTree
+
+# Of torch, on pickles that it then refuses.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 FEW, PARTS, PER_PART = 3000, 10, 100_000
 # Address space that a case may add; the largest that loads here holds a few kilobytes.
@@ -87,6 +92,14 @@ def assert_same(weights: HeadWeights, tensors: dict[str, torch.Tensor]) -> None:
             scaled = any(t.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) for t in written)
             same = [t.to(dtype) for t in written if not scaled]
             assert scaled or any(torch.equal(weights.weight[layer, head], t) for t in same)
+
+
+def test_the_bombs_are_live(tmp_path):
+    """A loader that executes what it reads would leave the trace that :func:`check` looks for."""
+    trace = tmp_path / TRACE
+    for program in live_programs(str(trace).encode()):
+        pickle.loads(program)
+        trace.rmdir()
 
 
 @settings(max_examples=FEW, suppress_health_check=list(HealthCheck), print_blob=True)
