@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_medusa.grammar_masks import tree_masks
-from vllm_medusa.request_options import RequestOptions
+from vllm_medusa.request_options import RequestOptions, keeps_start_up_tree
 
 
 class TreeSchedulerMixin:
@@ -33,16 +33,28 @@ class TreeSchedulerMixin:
         self._depth_of_nodes = [0]
         for depth in tree.depths[1:]:
             self._depth_of_nodes.append(max(depth, self._depth_of_nodes[-1]))
+        # The same where requests choose their trees, which may be chains: at most this deep.
+        self._chosen_depths = self._depth_of_nodes
+        if self._speculative_config.dynamic_tree:
+            heads = self._speculative_config.num_medusa_heads
+            self._chosen_depths = [min(n, heads) for n in range(tree.num_rows)]
+        self._max_depth = max(self._depth_of_nodes[-1], self._chosen_depths[-1])
 
     def add_request(self, request: Request) -> None:
         """Remember the request's own node budget; count its acceptance by depth."""
         super().add_request(request)
         if request.spec_decode_metrics is not None:
-            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._depth_of_nodes[-1])
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._max_depth)
         extra_args = getattr(request.sampling_params, "extra_args", None)
         nodes = RequestOptions.of(extra_args, self._speculative_config).nodes
         if nodes is not None:
             self._node_budgets[request.request_id] = nodes
+
+    def _depth(self, request_id: str, num_nodes: int) -> int:
+        """Most tokens that so many nodes of a request can offer."""
+        request = self.requests.get(request_id)
+        chooses = request is not None and not keeps_start_up_tree(request.sampling_params)
+        return (self._chosen_depths if chooses else self._depth_of_nodes)[num_nodes]
 
     def _cut_to_budgets(self) -> None:
         """Cut next drafts to the budgets of their requests: every prefix is a tree."""
@@ -115,7 +127,7 @@ class TreeSchedulerMixin:
         """vLLM's own; per-request metrics are told to leave out what depth does not count."""
         if self.spec_decode_metrics_level != "none":
             scheduler_output.num_invalid_spec_tokens = {
-                request_id: len(tokens) - self._depth_of_nodes[len(tokens)]
+                request_id: len(tokens) - self._depth(request_id, len(tokens))
                 for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
             }
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -132,9 +144,9 @@ class TreeSchedulerMixin:
         if not self.log_stats or not num_draft_tokens:
             return None
         if spec_decoding_stats is None:
-            spec_decoding_stats = SpecDecodingStats.new(self._depth_of_nodes[-1])
+            spec_decoding_stats = SpecDecodingStats.new(self._max_depth)
         spec_decoding_stats.observe_draft(
-            num_draft_tokens=self._depth_of_nodes[num_draft_tokens],
+            num_draft_tokens=self._depth(request_id, num_draft_tokens),
             num_accepted_tokens=num_accepted_tokens,
         )
         return spec_decoding_stats

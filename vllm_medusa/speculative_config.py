@@ -24,6 +24,8 @@ from vllm_medusa.config import (
     ACCEPTANCE_RULES,
     DEFAULT_NODE_BUDGET,
     DEFAULT_TREE,
+    DYNAMIC_TREE,
+    MAX_DYNAMIC_NODES,
     MEDUSA_METHOD,
     ROW_BUDGET,
     TYPICAL_EPSILON,
@@ -52,8 +54,10 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
 
     tree_paths: tuple[tuple[int, ...], ...] = ()
     """Rank path of every node, parents first, cut to the budget."""
+    dynamic_tree: bool = False
+    """Whether requests choose a tree at every step; ``tree_paths`` is for those that cannot."""
     num_medusa_heads: int = 0
-    """Heads that the tree reaches (its depth), never more than the file holds."""
+    """Heads that a tree can reach (the depth of a static one), never more than the file holds."""
     acceptance: str = ACCEPTANCE_RULES[0]
     """Rule of requests that name none."""
     typical_epsilon: float = TYPICAL_EPSILON
@@ -97,7 +101,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     def __repr__(self) -> str:
         method, model = self.method, self.model
         nodes, heads = self.num_speculative_tokens, self.num_medusa_heads
-        return f"SpeculativeConfig({method=}, {model=}, tree_nodes={nodes}, heads={heads})"
+        kind = ", tree='dynamic'" if self.dynamic_tree else ""
+        return f"SpeculativeConfig({method=}, {model=}, tree_nodes={nodes}, heads={heads}{kind})"
 
 
 def choose_tree(options: MedusaOptions, num_heads: int, tree_file: Path | None) -> TokenTree:
@@ -121,7 +126,7 @@ def choose_tree(options: MedusaOptions, num_heads: int, tree_file: Path | None) 
     ValueError
         When an explicit tree is deeper than the heads, or is no tree.
     """
-    if options.tree is not None:
+    if options.tree is not None and not options.dynamic_tree:
         tree = TokenTree.parse(options.tree)
         tree.validate(num_heads)
     else:
@@ -240,6 +245,50 @@ def _cut_to_machine(tree: TokenTree, budget: Budget, dtype: torch.dtype) -> Toke
     return None
 
 
+def _usable_heads(options: MedusaOptions, spec: HeadSpec, parallel_config: Any) -> int:
+    """Heads that a tree may use: asked for, or all that the file holds."""
+    stages = parallel_config.pipeline_parallel_size
+    if spec.sequential and stages > 1:
+        raise ValueError(
+            f"medusa: {options.model} holds sequential heads, which read the input embeddings; "
+            f"with pipeline_parallel_size={stages} those are on another stage; use independent "
+            "heads or one stage"
+        )
+    if options.num_heads is None:
+        return spec.num_heads
+    if options.num_heads > spec.num_heads:
+        raise ValueError(
+            f"medusa: num_heads={options.num_heads} but {options.model} holds {spec.num_heads}"
+        )
+    return options.num_heads
+
+
+def _check_dynamic(
+    options: MedusaOptions, tree: TokenTree, spec: HeadSpec, parallel_config: Any
+) -> None:
+    """Refuse what trees chosen at every step cannot be combined with."""
+    stages = parallel_config.pipeline_parallel_size
+    ranks = parallel_config.tensor_parallel_size
+    reason = None
+    if spec.sequential:
+        reason = (
+            f"{options.model} holds sequential heads, whose probabilities depend on the path; "
+            "leave tree out or use independent heads"
+        )
+    elif stages > 1 or ranks > 1:
+        reason = (
+            f"every rank needs the tree that one of them chooses, found tensor_parallel_size="
+            f"{ranks} and pipeline_parallel_size={stages}; leave tree out"
+        )
+    elif tree.num_nodes > MAX_DYNAMIC_NODES:
+        reason = (
+            f"num_speculative_tokens={tree.num_nodes} is more than the {MAX_DYNAMIC_NODES} nodes "
+            "that a tree chosen at every step may have; lower it or leave tree out"
+        )
+    if reason is not None:
+        raise ValueError(f"medusa: tree={DYNAMIC_TREE!r}: {reason}")
+
+
 def create_medusa_config(
     speculative_config: dict[str, Any], target_model_config: Any, target_parallel_config: Any
 ) -> MedusaSpeculativeConfig | None:
@@ -265,23 +314,11 @@ def create_medusa_config(
             vocab_size=target_model_config.get_vocab_size(),
             base_model=target_model_config.model,
         )
-    num_heads = heads.spec.num_heads
-    if heads.spec.sequential and target_parallel_config.pipeline_parallel_size > 1:
-        stages = target_parallel_config.pipeline_parallel_size
-        raise ValueError(
-            f"medusa: {options.model} holds sequential heads, which read the input embeddings; "
-            f"with pipeline_parallel_size={stages} those are on another stage; use independent "
-            "heads or one stage"
-        )
-    if options.num_heads is not None:
-        if options.num_heads > num_heads:
-            raise ValueError(
-                f"medusa: num_heads={options.num_heads} but {options.model} holds {num_heads}"
-            )
-        num_heads = options.num_heads
+    num_heads = _usable_heads(options, heads.spec, target_parallel_config)
     tree = choose_tree(options, num_heads, heads.tree_path)
     schedule = choose_schedule(options, tree)
-    free = (options.tree, options.num_speculative_tokens, schedule) == (None, None, None)
+    shape = None if options.dynamic_tree else options.tree
+    free = (shape, options.num_speculative_tokens, schedule) == (None, None, None)
     if free and heads.tree_path is not None and current_platform.is_cpu():
         whole = TokenTree.load(heads.tree_path)
         budget = budget_for_machine(whole, num_heads, target_model_config)
@@ -290,13 +327,18 @@ def create_medusa_config(
             if tree is None:
                 return None
             schedule = budget.schedule
+    used_heads = tree.max_depth
+    if options.dynamic_tree:
+        _check_dynamic(options, tree, heads.spec, target_parallel_config)
+        used_heads = min(num_heads, tree.num_nodes)
     logger.info(
-        "Medusa: %d heads from %s (format %s), tree of %d nodes and depth %d",
+        "Medusa: %d heads from %s (format %s), %s of %d nodes and depth %d",
         num_heads,
         options.model,
         heads.format,
+        "trees chosen at every step" if options.dynamic_tree else "tree",
         tree.num_nodes,
-        tree.max_depth,
+        used_heads,
     )
     epsilon, delta = check_acceptance(
         options.acceptance, options.typical_epsilon, options.typical_delta
@@ -307,7 +349,8 @@ def create_medusa_config(
         num_speculative_tokens=tree.num_nodes,
         tree_paths=tree.paths,
         num_speculative_tokens_per_batch_size=schedule,
-        num_medusa_heads=tree.max_depth,
+        dynamic_tree=options.dynamic_tree,
+        num_medusa_heads=used_heads,
         acceptance=options.acceptance,
         typical_epsilon=epsilon,
         typical_delta=delta,
