@@ -3,7 +3,8 @@
     python benchmarks/bench_serving.py --model MODEL --heads HEADS --out record.json
 
 Per concurrency and round both sides answer the same questions (both turns, the
-second with the side's own first answer), in alternating order.  The record holds
+second with the side's own first answer), in alternating order, with that many requests
+in flight.  The record holds
 medians over rounds, tokens per step with spread and by category, accepted tokens
 by depth, and where the two sides' greedy answers part.
 """
@@ -11,6 +12,7 @@ by depth, and where the two sides' greedy answers part.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -36,7 +38,7 @@ def parse_args() -> argparse.Namespace:
         "--num-questions",
         type=int,
         default=80,
-        help="spread over categories; batches take two waves if that is more",
+        help="spread over categories; four times the requests in flight if that is more",
     )
     parser.add_argument("--turns", type=int, default=2, choices=(1, 2))
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -170,8 +172,9 @@ def measure(
     temperature: float,
 ) -> dict[str, Any]:
     """One concurrency: a warm-up, then rounds with the sides' order alternating."""
-    count = min(len(pool), max(args.num_questions, 2 * level))
-    questions = choose_prompts(pool, max(level, count // level * level))
+    # Four times what is in flight, so that the emptying engine at the end counts little.
+    ordered = choose_prompts(pool, None)
+    questions = list(itertools.islice(itertools.cycle(ordered), max(args.num_questions, 4 * level)))
     runs: dict[str, list] = {name: [] for name in sides}
     for side in sides.values():
         answer(side, questions[: max(2, level)], args, level, temperature)

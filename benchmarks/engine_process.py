@@ -36,27 +36,48 @@ def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
 
 
 def _run(llm: Any, conversations: list, params: list, concurrency: int) -> dict[str, Any]:
-    """Answer in waves of ``concurrency``; one wave at a time keeps the batch size meaningful."""
-    answers, seconds = [], 0.0
-    for start in range(0, len(conversations), concurrency):
-        wave = slice(start, start + concurrency)
-        begin = time.perf_counter()
-        outputs = llm.chat(conversations[wave], params[wave], use_tqdm=False)
-        elapsed = time.perf_counter() - begin
-        seconds += elapsed
-        for output in outputs:
-            completion = output.outputs[0]
-            spec = completion.spec_decode_metrics
-            answers.append(
-                {
-                    "prompt_token_ids": list(output.prompt_token_ids),
-                    "token_ids": list(completion.token_ids),
-                    "text": completion.text,
-                    "seconds": elapsed,
-                    "accepted_histogram": None if spec is None else list(spec.histogram),
-                }
-            )
-    return {"answers": answers, "seconds": seconds}
+    """Answer all, with ``concurrency`` requests in flight until none is left to start.
+
+    Waves would measure how unevenly answers end: a slot that is done would wait for the slowest.
+    """
+    from vllm.sampling_params import RequestOutputKind
+
+    tokenizer = llm.get_tokenizer()
+    prompts = [
+        {"prompt_token_ids": list(ids)}
+        for ids in (
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            for messages in conversations
+        )
+    ]
+    engine, answers, in_flight, started = llm.llm_engine, [None] * len(prompts), 0, 0
+    begin = time.perf_counter()
+    starts = [0.0] * len(prompts)
+    while started < len(prompts) or in_flight:
+        while started < len(prompts) and in_flight < concurrency:
+            starts[started] = time.perf_counter()
+            params[started].output_kind = RequestOutputKind.FINAL_ONLY
+            engine.add_request(str(started), prompts[started], params[started])
+            started, in_flight = started + 1, in_flight + 1
+        for output in engine.step():
+            if output.finished:
+                in_flight -= 1
+                index = int(output.request_id)
+                answers[index] = _answer(output, time.perf_counter() - starts[index])
+    return {"answers": answers, "seconds": time.perf_counter() - begin}
+
+
+def _answer(output: Any, seconds: float) -> dict[str, Any]:
+    """What a benchmark keeps of a finished request."""
+    completion = output.outputs[0]
+    spec = completion.spec_decode_metrics
+    return {
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "token_ids": list(completion.token_ids),
+        "text": completion.text,
+        "seconds": seconds,
+        "accepted_histogram": None if spec is None else list(spec.histogram),
+    }
 
 
 def _next_logprobs(llm: Any, prompts: list[list[int]], sampling_params: Any) -> list[dict]:

@@ -1,15 +1,20 @@
-"""Argument checks of the draft and its twin; integers and tensors only, no Triton here."""
+"""Argument checks of drafts and their twins; integers and tensors only, no Triton here."""
 
 from __future__ import annotations
 
 import torch
 
 from .checks import MAX_TREE_ROWS, at_least, check_tensor, require
-from .draft_workspace import GROUP, DraftWorkspace, num_groups
+from .draft_workspace import GROUP, DraftWorkspace, num_chunks, num_groups
+from .tree_types import Candidates, FixedTree, TreeTables
 
 # Groups of one row that the merging program holds at once: 4096 of them are 524,288 tokens.
 MAX_GROUPS = 4096
 MAX_TOP = 64
+# Candidates that the program of a request holds at once; their counts share an int32.
+MAX_CANDIDATES = 4096
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_draft_tree(
@@ -23,12 +28,7 @@ def check_draft_tree(
 ) -> None:
     """Raise ValueError unless the arguments are what ``draft_tree`` documents."""
     device = logits.device
-    floats = (torch.bfloat16, torch.float16, torch.float32)
-    check_tensor("logits", logits, shape=[None, None, None], dtype=floats, device=device)
-    num_reqs, num_heads, vocab = logits.shape
-    require(num_heads >= 1, "logits", f"{num_heads} heads", "at least 1")
-    found, most = f"{vocab} tokens", GROUP * MAX_GROUPS
-    require(1 <= vocab <= most, "logits", found, f"a vocabulary of 1..{most}")
+    num_reqs, num_heads, vocab = _check_logits(logits, token_map)
     low = min(vocab, MAX_TOP)
     require(1 <= num_top <= low, "num_top", num_top, f"1..{low} (vocabulary, kernel)")
     check_tensor("node_columns", node_columns, shape=[None], dtype=torch.int64, device=device)
@@ -36,16 +36,118 @@ def check_draft_tree(
     require(1 <= nodes <= MAX_TREE_ROWS, "node_columns", f"{nodes} nodes", "1..64 nodes")
     shape = [at_least(num_reqs), nodes]
     check_tensor("out", out, shape=shape, dtype=torch.int64, device=device)
+    if workspace is not None:
+        rows = num_reqs * num_heads
+        _check_workspace(workspace, rows, vocab, device)
+
+
+def check_top_tokens(
+    tokens: torch.Tensor,
+    log_probs: torch.Tensor,
+    logits: torch.Tensor,
+    *,
+    token_map: torch.Tensor | None,
+    workspace: DraftWorkspace | None,
+) -> None:
+    """Raise ValueError unless the arguments are what ``top_tokens`` documents."""
+    num_reqs, num_heads, vocab = _check_logits(logits, token_map)
+    num_top = tokens.shape[-1] if tokens.dim() else 0
+    low = min(vocab, MAX_TOP)
+    require(1 <= num_top <= low, "tokens", f"{num_top} ranks", f"1..{low} (vocabulary, kernel)")
+    shape = [at_least(num_reqs), num_heads, num_top]
+    for name, tensor, dtype in (
+        ("tokens", tokens, torch.int64),
+        ("log_probs", log_probs, torch.float32),
+    ):
+        _check_contiguous(name, tensor, shape, dtype, logits.device)
+    if workspace is not None:
+        rows = num_reqs * num_heads
+        _check_workspace(workspace, rows, vocab, logits.device)
+        shape = [at_least(rows * num_chunks(vocab) * 2)]
+        check_tensor(
+            "workspace.sums", workspace.sums, shape=shape, dtype=torch.float32, device=logits.device
+        )
+
+
+def check_best_tree(
+    out: torch.Tensor,
+    tables: TreeTables,
+    tokens: torch.Tensor,
+    log_probs: torch.Tensor,
+    slots: torch.Tensor,
+    candidates: Candidates,
+    fixed: FixedTree,
+    scratch: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments are what ``best_tree`` documents."""
+    device, int32 = log_probs.device, torch.int32
+    check_tensor("slots", slots, shape=[None], dtype=(torch.int64, int32), device=device)
+    reqs = at_least(slots.shape[0])
+    check_tensor("out", out, shape=[reqs, None], dtype=torch.int64, device=device)
+    nodes = out.shape[1]
+    most = MAX_TREE_ROWS - 1
+    require(1 <= nodes <= most, "out", f"{nodes} nodes", f"1..{most} nodes")
+    _check_contiguous("tokens", tokens, [reqs, None, None], torch.int64, device)
+    shape = [reqs, *tokens.shape[1:]]
+    _check_contiguous("log_probs", log_probs, shape, torch.float32, device)
+    check_tensor("tables.parents", tables.parents, shape=[None, nodes + 1], dtype=int32,
+                 device=device)  # fmt: skip
+    num_slots, width = tables.parents.shape
+    depth, found = tokens.shape[1], candidates.columns.shape[-1]
+    require(nodes <= found <= MAX_CANDIDATES, "candidates.columns", f"{found} candidates",
+            f"{nodes} (nodes) .. {MAX_CANDIDATES} candidates")  # fmt: skip
+    for name, tensor, shape, dtype in (
+        ("tables.depths", tables.depths, [num_slots, width], int32),
+        ("tables.masks", tables.masks, [num_slots, width], torch.int64),
+        ("fixed.slots", fixed.slots, [num_slots], int32),
+        ("fixed.columns", fixed.columns, [nodes], int32),
+        ("fixed.parents", fixed.parents, [width], int32),
+        ("fixed.depths", fixed.depths, [width], int32),
+        ("fixed.masks", fixed.masks, [width], torch.int64),
+    ):
+        check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
+    _check_contiguous("candidates.columns", candidates.columns, [depth, found], int32, device)
+    _check_contiguous("candidates.ancestors", candidates.ancestors, [depth, found], int32, device)
+    if scratch is not None:
+        shape = [at_least(slots.shape[0] * nodes)]
+        check_tensor("scratch", scratch, shape=shape, dtype=int32, device=device)
+
+
+def _check_logits(
+    logits: torch.Tensor, token_map: torch.Tensor | None
+) -> tuple[int, int, int]:
+    """Requests, heads and vocabulary of the heads' logits."""
+    device = logits.device
+    check_tensor("logits", logits, shape=[None, None, None], dtype=_FLOATS, device=device)
+    num_reqs, num_heads, vocab = logits.shape
+    require(num_heads >= 1, "logits", f"{num_heads} heads", "at least 1")
+    found, most = f"{vocab} tokens", GROUP * MAX_GROUPS
+    require(1 <= vocab <= most, "logits", found, f"a vocabulary of 1..{most}")
     if token_map is not None:
         shape = [None, vocab]
         check_tensor("token_map", token_map, shape=shape, dtype=torch.int64, device=device)
         maps = token_map.shape[0]
         require(maps in (1, num_heads), "token_map", f"{maps} rows", f"1 or {num_heads} rows")
-    if workspace is not None:
-        rows = num_reqs * num_heads
-        for name, tensor, needed in (
-            ("counters", workspace.counters, rows),
-            ("maxima", workspace.maxima, rows * num_groups(vocab)),
-        ):
-            name, shape = f"workspace.{name}", [at_least(needed)]
-            check_tensor(name, tensor, shape=shape, dtype=torch.int32, device=device)
+    return num_reqs, num_heads, vocab
+
+
+def _check_workspace(
+    workspace: DraftWorkspace, rows: int, vocab: int, device: torch.device
+) -> None:
+    for name, tensor, needed in (
+        ("counters", workspace.counters, rows),
+        ("maxima", workspace.maxima, rows * num_groups(vocab)),
+    ):
+        name, shape = f"workspace.{name}", [at_least(needed)]
+        check_tensor(name, tensor, shape=shape, dtype=torch.int32, device=device)
+
+
+def _check_contiguous(
+    name: str,
+    tensor: torch.Tensor,
+    shape: list[int | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
+    require(tensor.is_contiguous(), name, f"strides {tensor.stride()}", "a contiguous tensor")

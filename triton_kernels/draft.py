@@ -8,26 +8,42 @@ import triton.language as tl
 
 from .checks import check_runnable
 from .checks_draft import check_draft_tree
-from .draft_workspace import GROUP, DraftWorkspace, num_groups
-
-# Groups whose maxima one program takes: 32 x 128 bfloat16 are 64 bytes a thread of 4 warps.
-_GROUPS_PER_PROGRAM = 32
+from .draft_workspace import GROUP, GROUPS_PER_PROGRAM, DraftWorkspace, num_groups
 
 _LEAST: tl.constexpr = tl.constexpr(-(2**31))  # below the key of -inf
 
 
 @triton.jit
-def _sortable(values):
+def sortable(values):
     """float32 -> int32 of the same order; -0 and +0 are one key."""
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _known(values):
+def known(values):
     """float32, NaN as -inf."""
     values = values.to(tl.float32)
     return tl.where(values == values, values, float("-inf"))
+
+
+@triton.jit
+def load_groups(
+    row_logits,  # [vocab_size], one row of logits
+    groups,  # [GROUPS_PER_PROGRAM] int32, neighbours
+    first,  # the first of them
+    vocab_size,
+    GROUP: tl.constexpr,
+    GROUPS_PER_PROGRAM: tl.constexpr,
+):
+    """[GROUPS_PER_PROGRAM, GROUP] logits, -inf beyond the vocabulary."""
+    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    if (first + GROUPS_PER_PROGRAM) * GROUP <= vocab_size:
+        # No mask, since one of odd length would forbid 16-byte loads.
+        values = tl.load(row_logits + ids)
+    else:
+        values = tl.load(row_logits + ids, mask=ids < vocab_size, other=float("-inf"))
+    return values
 
 
 @triton.jit
@@ -39,7 +55,7 @@ def _best(keys, ids, TAKEN: tl.constexpr, NO_ID: tl.constexpr):
 
 
 @triton.jit
-def _merge_groups(
+def merge_groups(
     row_logits,  # [vocab_size], one row of logits
     maxima,  # [num_groups] int32, keys of its groups' maxima
     num_best,  # how many tokens are wanted, at most PADDED_TOP
@@ -68,7 +84,7 @@ def _merge_groups(
     ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     is_candidate = (slots < tl.minimum(num_best, num_groups))[:, None] & (ids < vocab_size)
     values = tl.load(row_logits + ids, mask=is_candidate, other=float("-inf"))
-    keys = tl.where(is_candidate, _sortable(_known(values)), _LEAST)
+    keys = tl.where(is_candidate, sortable(known(values)), _LEAST)
     # Slots without a group repeat group 0; their ids must not be found.
     ids = tl.where(is_candidate, ids, PADDED_GROUPS * GROUP)
     tokens = tl.zeros([PADDED_TOP], tl.int32)
@@ -113,13 +129,8 @@ def _draft_tree_kernel(
     row_maxima = maxima + row.to(tl.int64) * num_groups
     first = tl.program_id(0) % num_chunks * GROUPS_PER_PROGRAM
     groups = first + tl.arange(0, GROUPS_PER_PROGRAM)
-    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    if (first + GROUPS_PER_PROGRAM) * GROUP <= vocab_size:
-        # No mask, since one of odd length would forbid 16-byte loads.
-        values = tl.load(row_logits + ids)
-    else:
-        values = tl.load(row_logits + ids, mask=ids < vocab_size, other=float("-inf"))
-    group_keys = _sortable(tl.max(_known(values), 1))
+    values = known(load_groups(row_logits, groups, first, vocab_size, GROUP, GROUPS_PER_PROGRAM))
+    group_keys = sortable(tl.max(values, 1))
     tl.store(row_maxima + groups, group_keys, mask=groups < num_groups)
     # All threads' maxima are written before one thread announces them; acquire and release
     # order them with the reads of the program that comes last.
@@ -134,7 +145,7 @@ def _draft_tree_kernel(
     is_mine = (nodes < NUM_NODES) & (columns // NUM_TOP == head)
     ranks = tl.where(is_mine, columns % NUM_TOP, 0)
     num_best = tl.max(tl.where(is_mine, ranks + 1, 0))
-    tokens = _merge_groups(
+    tokens = merge_groups(
         row_logits, row_maxima, num_best, vocab_size, num_groups, GROUP, PADDED_GROUPS, PADDED_TOP
     ).to(tl.int64)
     slots = tl.arange(0, PADDED_TOP)
@@ -189,12 +200,12 @@ def draft_tree(
         return
     num_rows, groups = num_reqs * num_heads, num_groups(vocab)
     workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
-    _draft_tree_kernel[(num_rows * triton.cdiv(groups, _GROUPS_PER_PROGRAM),)](
-        out, *workspace, logits, node_columns, token_map, out.stride(0),
+    _draft_tree_kernel[(num_rows * triton.cdiv(groups, GROUPS_PER_PROGRAM),)](
+        out, workspace.counters, workspace.maxima, logits, node_columns, token_map, out.stride(0),
         logits.stride(0), logits.stride(1),
         0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
         vocab, groups, NUM_HEADS=num_heads, NUM_NODES=node_columns.shape[0],
-        NUM_TOP=num_top, GROUP=GROUP, GROUPS_PER_PROGRAM=_GROUPS_PER_PROGRAM,
+        NUM_TOP=num_top, GROUP=GROUP, GROUPS_PER_PROGRAM=GROUPS_PER_PROGRAM,
         PADDED_NODES=triton.next_power_of_2(node_columns.shape[0]),
         PADDED_TOP=triton.next_power_of_2(num_top),
         PADDED_GROUPS=triton.next_power_of_2(groups), num_warps=4,

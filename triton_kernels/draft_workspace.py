@@ -8,6 +8,8 @@ import torch
 
 # Tokens whose maximum stands for all of them; a power of two.
 GROUP = 128
+# Groups whose maxima one program takes: 32 x 128 bfloat16 are 64 bytes a thread of 4 warps.
+GROUPS_PER_PROGRAM = 32
 
 
 def num_groups(vocab_size: int) -> int:
@@ -15,17 +17,27 @@ def num_groups(vocab_size: int) -> int:
     return -(-vocab_size // GROUP)
 
 
+def num_chunks(vocab_size: int) -> int:
+    """Programs that share a row of logits."""
+    return -(-num_groups(vocab_size) // GROUPS_PER_PROGRAM)
+
+
 class DraftWorkspace(NamedTuple):
-    """Scratch of ``draft_tree``, for up to so many rows of logits; calls may share it in turn."""
+    """Scratch of ``draft_tree`` and ``top_tokens``, for up to so many rows of logits.
+
+    Calls may share it, one after another.
+    """
 
     counters: torch.Tensor  # [>= R * K] int32, zeros between calls, by themselves
     maxima: torch.Tensor  # [>= R * K * num_groups(V)] int32
+    # [>= R * K * num_chunks(V) * 2] float32: each chunk's maximum and its sum of exponentials
+    sums: torch.Tensor
 
     @classmethod
     def allocate(cls, num_rows: int, vocab_size: int, device: torch.device) -> DraftWorkspace:
         """Allocate for `num_rows` = requests * heads rows of `vocab_size` logits."""
-
         return cls(
             torch.zeros(num_rows, dtype=torch.int32, device=device),
             torch.empty(num_rows * num_groups(vocab_size), dtype=torch.int32, device=device),
+            torch.empty(num_rows * num_chunks(vocab_size) * 2, device=device),
         )

@@ -14,16 +14,18 @@ import torch
 from .checks import check_compact_kv, check_scatter_tree, require
 from .kv_layout import WORDS, group_layers
 from .reference_attention import add_tree_attention, tree_attention
-from .reference_draft import draft_tree
+from .reference_draft import best_tree, draft_tree, top_tokens
 from .reference_walk import path_rows, tree_walk
 
 __all__ = [
     "KVCompactor",
     "add_tree_attention",
+    "best_tree",
     "compact_kv",
     "draft_tree",
     "path_rows",
     "scatter_tree",
+    "top_tokens",
     "tree_attention",
     "tree_walk",
 ]

@@ -1,11 +1,12 @@
-"""Plain PyTorch twin of the draft; needs no Triton."""
+"""Plain PyTorch twins of drafts; need no Triton."""
 
 from __future__ import annotations
 
 import torch
 
-from .checks_draft import check_draft_tree
+from .checks_draft import check_best_tree, check_draft_tree, check_top_tokens
 from .draft_workspace import DraftWorkspace
+from .tree_types import Candidates, FixedTree, TreeTables
 
 
 def draft_tree(
@@ -45,3 +46,83 @@ def best_tokens(
         known = torch.where(logits.isnan(), float("-inf"), logits)
         ids = known.sort(dim=-1, descending=True, stable=True).indices[..., :num_top]
     return ids
+
+
+def top_tokens(
+    tokens: torch.Tensor,  # [>= R, K, T] int64
+    log_probs: torch.Tensor,  # [>= R, K, T] float32
+    logits: torch.Tensor,  # [R, K, V]
+    *,
+    token_map: torch.Tensor | None = None,  # [1 or K, V] int64
+    workspace: DraftWorkspace | None = None,
+) -> None:
+    """Twin of :func:`vllm_medusa.triton_kernels.draft_tokens.top_tokens`; needs no workspace."""
+    check_top_tokens(tokens, log_probs, logits, token_map=token_map, workspace=workspace)
+    num_reqs, num_heads, _ = logits.shape
+    if num_reqs == 0:
+        return
+    ids = best_tokens(logits, tokens.shape[2])
+    limits = torch.finfo(torch.float32)
+    known = logits.float().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
+    largest = known.amax(-1, keepdim=True)
+    log_sum = (known - largest).exp().sum(-1, keepdim=True).log()
+    log_probs[:num_reqs] = ((known.gather(2, ids) - largest) - log_sum).clamp(max=0.0)
+    if token_map is not None:
+        ids = token_map.expand(num_reqs, num_heads, -1).gather(2, ids)
+    tokens[:num_reqs] = ids
+
+
+def best_tree(
+    out: torch.Tensor,  # [>= R, N] int64
+    tables: TreeTables,  # [S, W] each, in place
+    tokens: torch.Tensor,  # [>= R, K, T] int64
+    log_probs: torch.Tensor,  # [>= R, K, T] float32
+    slots: torch.Tensor,  # [R]
+    candidates: Candidates,
+    fixed: FixedTree,
+    *,
+    scratch: torch.Tensor | None = None,
+) -> None:
+    """Twin of :func:`vllm_medusa.triton_kernels.tree_choice.best_tree`; needs no scratch."""
+    check_best_tree(out, tables, tokens, log_probs, slots, candidates, fixed, scratch)
+    num_reqs, num_nodes = slots.shape[0], out.shape[1]
+    if num_reqs == 0:
+        return
+    slots = slots.long()
+    order = best_candidates(log_probs[:num_reqs].flatten(1), candidates.columns, num_nodes)
+    # Candidate -> row of the tree, 0 where it is not in it.
+    rows = order.new_zeros(num_reqs, candidates.columns.shape[1])
+    rows.scatter_(1, order, torch.arange(1, num_nodes + 1, device=order.device).expand_as(order))
+    columns, parents, depths = (torch.zeros_like(order) for _ in range(3))
+    masks, above = torch.ones_like(order), torch.zeros_like(order)
+    for level_columns, level_ancestors in zip(*candidates, strict=True):
+        ancestors = level_ancestors[order].long()
+        is_there = ancestors >= 0
+        own_rows = rows.gather(1, ancestors.clamp(min=0))
+        masks = torch.where(is_there, masks | (1 << own_rows), masks)
+        parents = torch.where(is_there, above, parents)
+        depths += is_there
+        columns = torch.where(is_there, level_columns[order].long(), columns)
+        above = own_rows
+    is_fixed = ((slots < 0) | (fixed.slots[slots.clamp(min=0)] != 0))[:, None]
+    columns = torch.where(is_fixed, fixed.columns.long(), columns)
+    out[:num_reqs] = tokens[:num_reqs].flatten(1).gather(1, columns)
+    is_request = slots >= 0
+    for table, own, other in zip(tables, (parents, depths, masks), fixed[2:], strict=True):
+        chosen = torch.where(is_fixed, other[1:], own.to(table.dtype))
+        table[slots[is_request], 1:] = chosen[is_request]
+
+
+def best_candidates(
+    log_probs: torch.Tensor,  # [R, K * T] float32
+    columns: torch.Tensor,  # [K, U] int32, -1 beyond a candidate's depth
+    num_nodes: int,
+) -> torch.Tensor:
+    """Likeliest candidates, best first, the lower one among equals: [R, num_nodes] int64."""
+    infinite = float("inf")
+    cost = (-log_probs).nan_to_num(nan=infinite, posinf=infinite, neginf=-infinite).clamp(min=0.0)
+    costs = cost.new_zeros(cost.shape[0], columns.shape[1])
+    # From the root on, so that no rounding makes a child cheaper than its parent.
+    for level in columns.long():
+        costs += torch.where(level >= 0, cost[:, level.clamp(min=0)], 0.0)
+    return costs.sort(dim=1, stable=True).indices[:, :num_nodes]

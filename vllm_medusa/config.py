@@ -28,6 +28,11 @@ ROW_BUDGET = {"cuda": 256, "cpu": None}
 ACCEPTANCE_RULES = ("exact", "typical")
 TYPICAL_EPSILON = 0.09
 
+# In place of a tree: each request's likeliest nodes, chosen anew at every step.
+DYNAMIC_TREE = "dynamic"
+# What one 64-bit word a row holds; the kernel that chooses trees writes one.
+MAX_DYNAMIC_NODES = 63
+
 # Used when the checkpoint directory brings no tree.json of its own.
 DEFAULT_TREE = "mc_sim_7b_63"
 
@@ -49,6 +54,8 @@ class MedusaOptions:
     tree : str or list or None
         Preset name, path of a tree file, list of widths or list of paths; None
         takes ``tree.json`` beside the heads, else :data:`DEFAULT_TREE`.
+        :data:`DYNAMIC_TREE` chooses a tree for every request and step; requests whose rows the
+        host lays out keep the tree that None takes.
     num_heads : int or None
         Use only the first heads; None uses all in the file.
     revision : str or None
@@ -108,6 +115,11 @@ class MedusaOptions:
                 f"medusa: draft_vocab_size={self.draft_vocab_size!r} is how many ids the heads "
                 f"score and must be 0 (all) or an integer of at least {MAX_TREE_NODES}"
             )
+
+    @property
+    def dynamic_tree(self) -> bool:
+        """Whether trees are chosen step by step."""
+        return self.tree == DYNAMIC_TREE
 
     @property
     def location(self) -> str:

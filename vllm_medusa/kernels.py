@@ -8,14 +8,20 @@ import torch
 from vllm_medusa import triton_kernels as gpu_kernels
 from vllm_medusa.triton_kernels import reference
 from vllm_medusa.triton_kernels.draft_workspace import DraftWorkspace
+from vllm_medusa.triton_kernels.tree_types import Candidates, FixedTree, TreeTables
 from vllm_medusa.triton_kernels.walk_types import RequestState, WalkOutput
 
 __all__ = [
+    "Candidates",
     "DraftWorkspace",
+    "FixedTree",
     "RequestState",
+    "TreeTables",
     "WalkOutput",
+    "best_tree",
     "draft_tree",
     "scatter_tree",
+    "top_tokens",
     "tree_walk",
 ]
 
@@ -32,6 +38,16 @@ def tree_walk(out: WalkOutput, sampled: torch.Tensor, *args, **kwargs) -> None:
 def draft_tree(out: torch.Tensor, logits: torch.Tensor, *args, **kwargs) -> None:
     """Draft token of every node; arguments as in the kernel's launcher."""
     _implementation(logits).draft_tree(out, logits, *args, **kwargs)
+
+
+def top_tokens(tokens: torch.Tensor, *args, **kwargs) -> None:
+    """Best tokens of every head, with log probabilities; arguments as in the kernel's launcher."""
+    _implementation(tokens).top_tokens(tokens, *args, **kwargs)
+
+
+def best_tree(out: torch.Tensor, *args, **kwargs) -> None:
+    """Likeliest nodes of every request as its tree; arguments as in the kernel's launcher."""
+    _implementation(out).best_tree(out, *args, **kwargs)
 
 
 def scatter_tree(positions: torch.Tensor, *args) -> None:

@@ -78,18 +78,35 @@ class NodeBudget:
             return current
         return best
 
-    def schedule(self, current: Sequence[int], context: float) -> list[int]:
-        """vLLM's lookup, batch size -> nodes, brought up to date.
 
-        Parameters
-        ----------
-        current : sequence of int
-            The lookup so far; sizes that were not measured keep its nodes.
-        context : float
-            Mean context of the running requests, in tokens.
-        """
-        nodes = list(current)
-        for requests in range(1, len(nodes)):
-            chosen = self.choose(requests, context, nodes[requests])
-            nodes[requests] = nodes[requests] if chosen is None else chosen
-        return nodes
+class PricedLookup:
+    """vLLM's lookup ``batch size -> nodes``, filled as batches come and priced anew at times.
+
+    Parameters
+    ----------
+    budget : NodeBudget
+    fixed : sequence of int
+        vLLM's own; batches that were not measured keep its nodes.
+    """
+
+    def __init__(self, budget: NodeBudget, fixed: Sequence[int]):
+        self.budget = budget
+        self.context = 0.0
+        self._nodes = list(fixed)
+        self._is_priced = [False] * len(self._nodes)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __getitem__(self, requests: int) -> int:
+        if not self._is_priced[requests]:
+            chosen = self.budget.choose(requests, self.context, self._nodes[requests])
+            if chosen is not None:
+                self._nodes[requests] = chosen
+            self._is_priced[requests] = True
+        return self._nodes[requests]
+
+    def look_again(self, context: float) -> None:
+        """Forget prices; ``context`` is the running requests' mean, in tokens."""
+        self.context = context
+        self._is_priced = [False] * len(self._nodes)

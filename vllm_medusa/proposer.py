@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.draft_vocabulary import cut_lm_head
+from vllm_medusa.dynamic_tree import DynamicDrafter
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.kernels import DraftWorkspace, draft_tree
 from vllm_medusa.sequential_draft import SequentialDrafter
@@ -28,7 +29,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class MedusaProposer(DraftModelSpeculator):
-    """Drafts a static tree from independent heads (paper section 2.1) or sequential ones.
+    """Drafts trees from independent heads (paper section 2.1) or sequential ones.
 
     A ``DraftModelSpeculator`` so that vLLM loads, reloads and wakes the heads with
     the target; it has no attention layers and no KV cache of its own.
@@ -52,12 +53,12 @@ class MedusaProposer(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.tree_batch = tree_batch
         self.last_sampled = last_sampled
-        self.drafter: SequentialDrafter | None = None
+        self.drafter: SequentialDrafter | DynamicDrafter | None = None
         self.workspace: DraftWorkspace | None = None
         self.verification_step: VerificationStep | None = None
         self.step_graphs: CudaGraphManager | None = None
         tree = tree_batch.tree
-        self.num_heads = tree.max_depth
+        self.num_heads = self.speculative_config.num_medusa_heads
         self.num_top = tree.max_rank + 1
         self.no_drafts = torch.full(
             (self.max_num_reqs, tree.num_nodes), -1, dtype=torch.int64, device=device
@@ -100,6 +101,8 @@ class MedusaProposer(DraftModelSpeculator):
         if heads.spec.sequential:
             self.drafter = SequentialDrafter(heads, self.tree_batch.tree)
             object.__setattr__(self, "embed_tokens", target_model.embed_input_ids)
+        elif self.speculative_config.dynamic_tree:
+            self.drafter = DynamicDrafter(self.tree_batch, self.num_heads, heads.spec.output_size)
         else:
             rows = self.max_num_reqs * self.num_heads
             self.workspace = DraftWorkspace.allocate(rows, heads.spec.output_size, self.device)
@@ -113,7 +116,7 @@ class MedusaProposer(DraftModelSpeculator):
         ValueError
             With sequential heads, which would also need the base's embeddings.
         """
-        if self.drafter is not None:
+        if isinstance(self.drafter, SequentialDrafter):
             raise ValueError(
                 "Medusa does not run with LoRA adapters and sequential heads: these read "
                 "embeddings to which an adapter may belong; use independent heads"
@@ -161,22 +164,27 @@ class MedusaProposer(DraftModelSpeculator):
     def draft(
         self,
         hidden: torch.Tensor,  # [num_reqs, hidden_size], last accepted rows
-        slots: torch.Tensor,  # [num_reqs] int64, not negative
+        slots: torch.Tensor,  # [num_reqs] int64, negative: no request
         out: torch.Tensor | None = None,  # [num_reqs, num_nodes] int64
     ) -> torch.Tensor:
         """Fill every request's tree from its heads' best tokens, [num_reqs, num_nodes] int64."""
         if out is None:
             out = slots.new_empty(hidden.shape[0], self.node_columns.shape[0], dtype=torch.int64)
-        if self.drafter is not None:
-            roots = self.last_sampled.view(-1)[slots].long()
+        if isinstance(self.drafter, SequentialDrafter):
+            roots = self.last_sampled.view(-1)[slots.clamp(min=0)].long()
             drafts = self.drafter.draft(hidden, roots, self.embed_tokens, self.compute_base_logits)
             return out.copy_(drafts)
+        logits = self.model.draft_logits(hidden, self.compute_base_logits)
+        token_map = self.model.token_map
+        if self.drafter is not None:
+            self.drafter.draft(out, logits, slots, token_map)
+            return out
         draft_tree(
             out,
-            self.model.draft_logits(hidden, self.compute_base_logits),
+            logits,
             self.node_columns,
             num_top=self.num_top,
-            token_map=self.model.token_map,
+            token_map=token_map,
             workspace=self.workspace,
         )
         return out

@@ -87,3 +87,26 @@ class RequestOptions:
                     f"{acceptance} acceptance; add {PREFIX}acceptance={ACCEPTANCE_RULES[1]!r}"
                 )
         return cls(nodes, acceptance, epsilon, delta)
+
+
+def reads_history(params: Any) -> bool:
+    """Whether one of vLLM's processors looks back over the drafts before a request's row."""
+    return bool(
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+        or params.bad_words
+        or getattr(params, "thinking_token_budget", None) is not None
+    )
+
+
+def keeps_start_up_tree(params: Any) -> bool:
+    """Whether a request's tree is laid out on the host, which knows the start-up tree only.
+
+    Parameters
+    ----------
+    params : vllm.SamplingParams
+        With structured outputs the scheduler walks the tree; processors that look back see its
+        paths as chains.
+    """
+    return params.structured_outputs is not None or reads_history(params)

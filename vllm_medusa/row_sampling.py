@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_medusa.path_chains import ChainRows, PathChains
+from vllm_medusa.request_options import reads_history
 from vllm_medusa.tree import TokenTree
 from vllm_medusa.typical_acceptance import Scores, TypicalAcceptance
 
@@ -22,17 +23,6 @@ from vllm_medusa.typical_acceptance import Scores, TypicalAcceptance
 NUM_STOCK_PROCESSORS = 3
 # Typical acceptance holds log probabilities, probabilities and entropies beside the logits.
 TYPICAL_COPIES = 4
-
-
-def reads_history(params: SamplingParams) -> bool:
-    """Whether one of vLLM's processors looks back over the drafts before a request's row."""
-    return bool(
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-        or params.bad_words
-        or getattr(params, "thinking_token_budget", None) is not None
-    )
 
 
 class LogitsRows(NamedTuple):

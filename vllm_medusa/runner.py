@@ -19,7 +19,7 @@ from vllm_medusa.compaction import PathCompactor
 from vllm_medusa.kernels import WalkOutput
 from vllm_medusa.lora_rows import TreeLoraState, base_logits
 from vllm_medusa.proposer import MedusaProposer
-from vllm_medusa.request_options import RequestOptions
+from vllm_medusa.request_options import RequestOptions, keeps_start_up_tree
 from vllm_medusa.rope_positions import follow_depths
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.verification_step import VerificationStep, needs_only_temperature
@@ -85,10 +85,17 @@ class TreeRunnerMixin:
             index = self.req_states.req_id_to_index[request.req_id]
             options = RequestOptions.of(params.extra_args, self.speculative_config)
             self.rejection_sampler.add_request(index, params, options)
+            if self.speculative_config.dynamic_tree:
+                self.tree_batch.keep_tree(index, self._keeps_tree(index, params))
             self.verification_step.simple[index] = (
                 needs_only_temperature(self.sampler, index, params)
                 and not self.rejection_sampler.typical.active[index]
             )
+
+    def _keeps_tree(self, index: int, params: Any) -> bool:
+        """Whether the host lays out a request's rows, by the only tree that it knows."""
+        processors_see_chains = self.rejection_sampler.row_sampler.reads_history[index]
+        return keeps_start_up_tree(params) or bool(processors_see_chains)
 
     def prepare_attn(
         self, input_batch: InputBatch

@@ -14,8 +14,8 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_medusa.grammar_masks import tree_masks
-from vllm_medusa.node_budget import NodeBudget
-from vllm_medusa.request_options import RequestOptions
+from vllm_medusa.node_budget import NodeBudget, PricedLookup
+from vllm_medusa.request_options import RequestOptions, keeps_start_up_tree
 from vllm_medusa.step_costs import StepCosts
 
 logger = init_logger(f"vllm.{__name__}")
@@ -41,6 +41,12 @@ class TreeSchedulerMixin:
         self._depth_of_nodes = [0]
         for depth in tree.depths[1:]:
             self._depth_of_nodes.append(max(depth, self._depth_of_nodes[-1]))
+        # The same where requests choose their trees, which may be chains: at most this deep.
+        self._chosen_depths = self._depth_of_nodes
+        if self._speculative_config.dynamic_tree:
+            heads = self._speculative_config.num_medusa_heads
+            self._chosen_depths = [min(n, heads) for n in range(tree.num_rows)]
+        self._max_depth = max(self._depth_of_nodes[-1], self._chosen_depths[-1])
         self._budget = self._read_budget(vllm_config)
         self._steps_to_look = 0
 
@@ -57,34 +63,37 @@ class TreeSchedulerMixin:
             logger.info("Medusa: the workers run on another host; nodes follow the fixed schedule")
             return None
         choices = {1, *config.row_counts(self.max_num_running_reqs)}
-        return NodeBudget(config.node_frequencies, [rows - 1 for rows in choices], costs)
-
-    def _look_at_prices(self) -> None:
-        """Choose anew, for every batch size, the nodes of a step."""
-        self._steps_to_look = STEPS_PER_LOOK
-        context = sum(r.num_computed_tokens for r in self.running) / max(1, len(self.running))
-        nodes = self._budget.schedule(self.dynamic_sd_lookup, context)
-        if nodes != self.dynamic_sd_lookup:
-            logger.debug("Medusa: nodes by batch size %s at %d tokens of context", nodes, context)
-        self.dynamic_sd_lookup = nodes
+        budget = NodeBudget(config.node_frequencies, [rows - 1 for rows in choices], costs)
+        self.dynamic_sd_lookup = lookup = PricedLookup(budget, self.dynamic_sd_lookup)
+        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < len(lookup)]
+        logger.info("Medusa: nodes by batch size %s", {size: lookup[size] for size in sizes})
+        return budget
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """vLLM's own; every now and then the nodes for each batch size are chosen anew."""
+        """vLLM's own; every now and then the nodes of a step are chosen anew."""
         if self._budget is not None:
             self._steps_to_look -= 1
             if self._steps_to_look < 0:
-                self._look_at_prices()
+                self._steps_to_look = STEPS_PER_LOOK
+                computed = sum(request.num_computed_tokens for request in self.running)
+                self.dynamic_sd_lookup.look_again(computed / max(1, len(self.running)))
         return super().schedule(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
         """Remember the request's own node budget; count its acceptance by depth."""
         super().add_request(request)
         if request.spec_decode_metrics is not None:
-            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._depth_of_nodes[-1])
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._max_depth)
         extra_args = getattr(request.sampling_params, "extra_args", None)
         nodes = RequestOptions.of(extra_args, self._speculative_config).nodes
         if nodes is not None:
             self._node_budgets[request.request_id] = nodes
+
+    def _depth(self, request_id: str, num_nodes: int) -> int:
+        """Most tokens that so many nodes of a request can offer."""
+        request = self.requests.get(request_id)
+        chooses = request is not None and not keeps_start_up_tree(request.sampling_params)
+        return (self._chosen_depths if chooses else self._depth_of_nodes)[num_nodes]
 
     def _cut_to_budgets(self) -> None:
         """Cut next drafts to the budgets of their requests: every prefix is a tree."""
@@ -157,7 +166,7 @@ class TreeSchedulerMixin:
         """vLLM's own; per-request metrics are told to leave out what depth does not count."""
         if self.spec_decode_metrics_level != "none":
             scheduler_output.num_invalid_spec_tokens = {
-                request_id: len(tokens) - self._depth_of_nodes[len(tokens)]
+                request_id: len(tokens) - self._depth(request_id, len(tokens))
                 for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
             }
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -176,9 +185,9 @@ class TreeSchedulerMixin:
         if not self.log_stats or not num_draft_tokens:
             return None
         if spec_decoding_stats is None:
-            spec_decoding_stats = SpecDecodingStats.new(self._depth_of_nodes[-1])
+            spec_decoding_stats = SpecDecodingStats.new(self._max_depth)
         spec_decoding_stats.observe_draft(
-            num_draft_tokens=self._depth_of_nodes[num_draft_tokens],
+            num_draft_tokens=self._depth(request_id, num_draft_tokens),
             num_accepted_tokens=num_accepted_tokens,
         )
         return spec_decoding_stats

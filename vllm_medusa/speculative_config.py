@@ -14,27 +14,26 @@ from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.spec_decode.dynamic.utils import (
-    build_dynamic_sd_schedule_lookup,
-    validate_and_normalize_dynamic_sd_schedule,
-)
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.config import (
     ACCEPTANCE_RULES,
-    DEFAULT_NODE_BUDGET,
-    DEFAULT_TREE,
     MEDUSA_METHOD,
-    ROW_BUDGET,
     TYPICAL_EPSILON,
     MedusaOptions,
     check_acceptance,
-    default_schedule,
 )
-from vllm_medusa.cpu_budget import LEAST_PROMISE, Budget, choose_budget
-from vllm_medusa.cpu_costs import machine_costs
-from vllm_medusa.draft_vocabulary import default_size
-from vllm_medusa.head_weights import HeadSpec
+from vllm_medusa.start_choices import (
+    budget_for_machine,
+    check_dynamic,
+    choose_draft_vocabulary,
+    choose_frequencies,
+    choose_schedule,
+    choose_tree,
+    cut_to_machine,
+    usable_heads,
+)
 from vllm_medusa.tree import TokenTree
 
 logger = init_logger(f"vllm.{__name__}")
@@ -52,8 +51,10 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
 
     tree_paths: tuple[tuple[int, ...], ...] = ()
     """Rank path of every node, parents first, cut to the budget."""
+    dynamic_tree: bool = False
+    """Whether requests choose a tree at every step; ``tree_paths`` is for those that cannot."""
     num_medusa_heads: int = 0
-    """Heads that the tree reaches (its depth), never more than the file holds."""
+    """Heads that a tree can reach (the depth of a static one), never more than the file holds."""
     acceptance: str = ACCEPTANCE_RULES[0]
     """Rule of requests that name none."""
     typical_epsilon: float = TYPICAL_EPSILON
@@ -104,94 +105,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     def __repr__(self) -> str:
         method, model = self.method, self.model
         nodes, heads = self.num_speculative_tokens, self.num_medusa_heads
-        return f"SpeculativeConfig({method=}, {model=}, tree_nodes={nodes}, heads={heads})"
-
-
-def choose_tree(options: MedusaOptions, num_heads: int, tree_file: Path | None) -> TokenTree:
-    """Tree for this start: asked for, else beside the heads, else the built-in one.
-
-    Parameters
-    ----------
-    options : MedusaOptions
-    num_heads : int
-        Heads available to the tree.
-    tree_file : pathlib.Path or None
-        ``tree.json`` beside the heads.
-
-    Returns
-    -------
-    TokenTree
-        Cut to the node budget of the options or of the device.
-
-    Raises
-    ------
-    ValueError
-        When an explicit tree is deeper than the heads, or is no tree.
-    """
-    if options.tree is not None:
-        tree = TokenTree.parse(options.tree)
-        tree.validate(num_heads)
-    else:
-        tree = TokenTree.load(tree_file) if tree_file else TokenTree.preset(DEFAULT_TREE)
-        # A default must fit fewer heads too: dropping whole depths keeps a tree.
-        if tree.max_depth > num_heads:
-            tree = TokenTree.from_paths([path for path in tree.paths if len(path) <= num_heads])
-    budget = options.num_speculative_tokens
-    if budget is None:
-        budget = DEFAULT_NODE_BUDGET.get(current_platform.device_type, DEFAULT_NODE_BUDGET["cuda"])
-    return tree.cut(min(budget, tree.num_nodes))
-
-
-def choose_schedule(options: MedusaOptions, tree: TokenTree) -> list[tuple[int, int, int]] | None:
-    """Nodes per batch size: asked for, else what the device's row budget allows.
-
-    Raises
-    ------
-    ValueError
-        When vLLM cannot read the schedule asked for.
-    """
-    asked = options.num_speculative_tokens_per_batch_size
-    if asked is not None:
-        try:
-            return validate_and_normalize_dynamic_sd_schedule(asked)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"medusa: num_speculative_tokens_per_batch_size={asked!r}: {error}"
-            ) from None
-    budget = ROW_BUDGET.get(current_platform.device_type, ROW_BUDGET["cuda"])
-    return default_schedule(tree.num_nodes, budget)
-
-
-def choose_frequencies(
-    options: MedusaOptions, tree: TokenTree, schedule: list | None
-) -> tuple[float, ...]:
-    """What the tree promises node by node, if the nodes of a step shall be chosen by it.
-
-    Raises
-    ------
-    ValueError
-        When that was asked for and cannot be.
-    """
-    free = (options.tree, options.num_speculative_tokens) == (None, None) and (
-        options.num_speculative_tokens_per_batch_size is None
-    )
-    wanted = options.adaptive
-    if wanted is None:
-        wanted = free and schedule is not None and not current_platform.is_cpu()
-    frequencies = tree.metadata.get("frequencies")
-    if not wanted or (frequencies is None and options.adaptive is None):
-        return ()
-    if frequencies is None:
-        raise ValueError(
-            "medusa: adaptive=true needs a tree.json whose nodes have frequencies; make it with "
-            "`vllm-medusa calibrate`"
-        )
-    if schedule is None:
-        raise ValueError(
-            "medusa: adaptive=true chooses among the node counts of a schedule; give "
-            "num_speculative_tokens_per_batch_size"
-        )
-    return tuple(frequencies[: tree.num_nodes])
+        kind = ", tree='dynamic'" if self.dynamic_tree else ""
+        return f"SpeculativeConfig({method=}, {model=}, tree_nodes={nodes}, heads={heads}{kind})"
 
 
 @contextlib.contextmanager
@@ -207,100 +122,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def choose_draft_vocabulary(options: MedusaOptions, spec: HeadSpec) -> int | None:
-    """Ids that heads with the target's lm_head score: asked for, else what the device wants.
-
-    Raises
-    ------
-    ValueError
-        When the heads bring the choice with them, or the target has fewer ids.
-    """
-    asked = options.draft_vocab_size
-    if spec.own_lm_head or spec.vocab_subset_size is not None:
-        if asked:
-            raise ValueError(
-                f"medusa: draft_vocab_size={asked}, but {options.model} brings an lm_head or a "
-                "vocabulary subset of its own; leave it out"
-            )
-        return None
-    if asked is not None and asked > spec.vocab_size:
-        raise ValueError(
-            f"medusa: draft_vocab_size={asked} but the target has {spec.vocab_size} ids"
-        )
-    if asked is None:
-        return default_size(current_platform.device_type, spec.vocab_size)
-    return asked or None
-
-
-def usable_heads(options: MedusaOptions, spec: HeadSpec, num_stages: int) -> int:
-    """Heads that a tree may reach: those asked for, else all in the file.
-
-    Raises
-    ------
-    ValueError
-        When the file holds fewer, or they cannot run on the last of several pipeline stages.
-    """
-    if spec.sequential and num_stages > 1:
-        raise ValueError(
-            f"medusa: {options.model} holds sequential heads, which read the input embeddings; "
-            f"with pipeline_parallel_size={num_stages} those are on another stage; use independent "
-            "heads or one stage"
-        )
-    if options.num_heads is None:
-        return spec.num_heads
-    if options.num_heads > spec.num_heads:
-        raise ValueError(
-            f"medusa: num_heads={options.num_heads} but {options.model} holds {spec.num_heads}"
-        )
-    return options.num_heads
-
-
-def budget_for_machine(tree: TokenTree, num_heads: int, model: Any) -> Budget | None:
-    """Nodes that pay on this CPU, by batch size; None where the tree or the machine tells nothing.
-
-    Parameters
-    ----------
-    tree : TokenTree
-        A calibrated one knows how often a path holds each of its nodes.
-    num_heads : int
-        Heads available to the tree.
-    model : vllm.config.ModelConfig
-        The target's.
-    """
-    if not tree.metadata.get("frequencies") or tree.max_depth > num_heads:
-        return None
-    stored = getattr(model.hf_config, "dtype", None)
-    costs = machine_costs(
-        Path(envs.VLLM_CACHE_ROOT) / "vllm_medusa",
-        model.get_hidden_size(),
-        model.dtype,
-        stored if isinstance(stored, torch.dtype) else model.dtype,
-    )
-    if costs is None:
-        logger.info("Medusa: could not measure this CPU's products (busy?), default budget taken")
-        return None
-    return choose_budget(tree.metadata["frequencies"], costs)
-
-
-def _cut_to_machine(tree: TokenTree, budget: Budget, dtype: torch.dtype) -> TokenTree | None:
-    """The calibrated tree with the budget's nodes; None, with a warning, where it would lose."""
-    if budget.speedup >= LEAST_PROMISE:
-        logger.info(
-            "Medusa: %d nodes promise %.2f times the speed on this CPU",
-            budget.nodes,
-            budget.speedup,
-        )
-        return tree.cut(budget.nodes)
-    logger.warning(
-        "Medusa: on this CPU several rows of %s cost so much more than one that the best tree "
-        "promises %.2f times the speed, so Medusa stays off; num_speculative_tokens turns it on "
-        "(float32 may be the faster dtype here)",
-        dtype,
-        budget.speedup,
-    )
-    return None
 
 
 def create_medusa_config(
@@ -328,25 +149,31 @@ def create_medusa_config(
             vocab_size=target_model_config.get_vocab_size(),
             base_model=target_model_config.model,
         )
-    num_heads = usable_heads(options, heads.spec, target_parallel_config.pipeline_parallel_size)
+    num_heads = usable_heads(options, heads.spec, target_parallel_config)
     tree = choose_tree(options, num_heads, heads.tree_path)
     schedule = choose_schedule(options, tree)
-    free = (options.tree, options.num_speculative_tokens, schedule) == (None, None, None)
+    shape = None if options.dynamic_tree else options.tree
+    free = (shape, options.num_speculative_tokens, schedule) == (None, None, None)
     if free and heads.tree_path is not None and current_platform.is_cpu():
         whole = TokenTree.load(heads.tree_path)
         budget = budget_for_machine(whole, num_heads, target_model_config)
         if budget is not None:
-            tree = _cut_to_machine(whole, budget, target_model_config.dtype)
+            tree = cut_to_machine(whole, budget, target_model_config.dtype)
             if tree is None:
                 return None
             schedule = budget.schedule
+    used_heads = tree.max_depth
+    if options.dynamic_tree:
+        check_dynamic(options, tree, heads.spec, target_parallel_config)
+        used_heads = min(num_heads, tree.num_nodes)
     logger.info(
-        "Medusa: %d heads from %s (format %s), tree of %d nodes and depth %d",
+        "Medusa: %d heads from %s (format %s), %s of %d nodes and depth %d",
         num_heads,
         options.model,
         heads.format,
+        "trees chosen at every step" if options.dynamic_tree else "tree",
         tree.num_nodes,
-        tree.max_depth,
+        used_heads,
     )
     epsilon, delta = check_acceptance(
         options.acceptance, options.typical_epsilon, options.typical_delta
@@ -357,7 +184,8 @@ def create_medusa_config(
         num_speculative_tokens=tree.num_nodes,
         tree_paths=tree.paths,
         num_speculative_tokens_per_batch_size=schedule,
-        num_medusa_heads=tree.max_depth,
+        dynamic_tree=options.dynamic_tree,
+        num_medusa_heads=used_heads,
         acceptance=options.acceptance,
         typical_epsilon=epsilon,
         typical_delta=delta,

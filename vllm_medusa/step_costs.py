@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 
@@ -34,7 +35,7 @@ class StepCosts:
         >>> costs.of(4, 2, 50), costs.of(4, 1, 300), costs.of(4, 4, 0)
         (2.5, 4.0, None)
         """
-        sizes = sorted({m for n, m, _ in self.seconds if n == rows})
+        sizes = self._sizes.get(rows, ())
         above = next((size for size in sizes if size >= requests), None)
         if above is None:
             return None
@@ -43,9 +44,22 @@ class StepCosts:
         share = 0.0 if above == below else (requests - below) / (above - below)
         return low + share * (high - low)
 
+    @cached_property
+    def _sizes(self) -> dict[int, list[int]]:
+        """Rows -> measured batch sizes, ascending."""
+        return {rows: sorted({m for n, m in self._known if n == rows}) for rows, _ in self._known}
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], list[tuple[int, float]]]:
+        """(rows, requests) -> (context, seconds), ascending."""
+        known: dict[tuple[int, int], list[tuple[int, float]]] = {}
+        for rows, requests, context in sorted(self.seconds):
+            entry = (context, self.seconds[rows, requests, context])
+            known.setdefault((rows, requests), []).append(entry)
+        return known
+
     def _at_context(self, rows: int, requests: int, context: float) -> float:
-        size = (rows, requests)
-        known = sorted((c, t) for (n, m, c), t in self.seconds.items() if (n, m) == size)
+        known = self._known[rows, requests]
         if len(known) == 1:
             return known[0][1]
         # The pair around it, or the outer pair.

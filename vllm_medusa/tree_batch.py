@@ -14,8 +14,8 @@ from vllm_medusa.tree import TokenTree
 class TreeBatch:
     """Per-request trees and their gathered form for one step.
 
-    Tables are indexed by vLLM's request slot, so every request may have a tree of
-    its own; today all rows hold the start-up tree.
+    Tables are indexed by vLLM's request slot: every request has a tree of its own, the
+    start-up tree unless trees are chosen step by step (see :mod:`vllm_medusa.dynamic_tree`).
 
     Attributes
     ----------
@@ -23,6 +23,8 @@ class TreeBatch:
         Row -> parent row (-1 at the root), row -> depth; W = nodes + 1.
     masks : torch.Tensor, [max_num_reqs, W] int64
         Bit j of row i: row j is row i or one of its ancestors.
+    fixed_slots : torch.Tensor, [max_num_reqs] int32
+        Not 0: the request in this slot keeps the start-up tree where others choose theirs.
     row_counts : tuple of int
         Rows that uniform decode batches have: W, and what the schedule cuts it to.
     step_masks : torch.Tensor, [max_num_reqs, W] int64
@@ -56,6 +58,7 @@ class TreeBatch:
         self.parents = table(tree.parents, torch.int32)
         self.depths = table(tree.depths, torch.int32)
         self.masks = table(tree.mask_words(), torch.int64)
+        self.fixed_slots = torch.ones(max_num_reqs, dtype=torch.int32, device=device)
         self.step_masks = self.masks.clone()
         self.num_tree_reqs = 0
         self.num_rows_np = np.empty(0, dtype=np.int32)
@@ -70,6 +73,10 @@ class TreeBatch:
     def is_tree(self, num_rows: int) -> bool:
         """Whether uniform decode queries of this length are trees with at least one node."""
         return num_rows > 1 and num_rows in self.row_counts
+
+    def keep_tree(self, slot: int, fixed: bool) -> None:
+        """Note whether the request in ``slot`` keeps the start-up tree at every step."""
+        self.fixed_slots[slot] = int(fixed)
 
     def begin_step(self, input_batch: InputBatch) -> None:
         """Gather masks in batch order and turn linear positions of tree rows into depths.

@@ -21,7 +21,8 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_medusa.kernels import RequestState, WalkOutput, tree_walk
-from vllm_medusa.row_sampling import NUM_STOCK_PROCESSORS, reads_history
+from vllm_medusa.request_options import reads_history
+from vllm_medusa.row_sampling import NUM_STOCK_PROCESSORS
 
 
 def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> bool:
@@ -234,7 +235,7 @@ class VerificationStep:
             state=self._request_state(),
         )
         runner.finish_advance(slots, walk)
-        runner.speculator.draft(walk.hidden, slots.clamp(min=0), self.drafts[:num_reqs])
+        runner.speculator.draft(walk.hidden, slots, self.drafts[:num_reqs])
 
     def _draw(
         self,

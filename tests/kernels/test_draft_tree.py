@@ -1,4 +1,4 @@
-"""draft_tree: every node gets the token of its rank, ties by id, exact against twin and sort."""
+"""draft_tree and top_tokens: tokens of every rank, ties by id, exact against twin and sort."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_medusa.triton_kernels import draft_tree, reference
+from vllm_medusa.triton_kernels import draft_tree, reference, top_tokens
 from vllm_medusa.triton_kernels.draft_workspace import GROUP, DraftWorkspace, num_groups
 
 POISON = -77
@@ -45,9 +45,42 @@ def check(logits, num_top, device, *, columns=None, token_map=None, **options):
     want = sorted_tokens(logits, num_top)
     if token_map is not None:
         want = token_map.expand(*logits.shape[:2], -1).gather(2, want)
+    check_top_tokens(logits, want, device, token_map=token_map, **options)
     want = want.flatten(1)[:, columns]
     assert torch.equal(got, want)
     assert torch.equal(twin, want)
+
+
+def run_top_tokens(launcher, logits, num_top, device, token_map=None, **options):
+    shape = (logits.shape[0] + 1, logits.shape[1], num_top)
+    tokens = torch.full(shape, POISON, dtype=torch.int64, device=device)
+    log_probs = torch.full(shape, float(POISON), device=device)
+    launcher(
+        tokens, log_probs, logits.to(device),
+        token_map=None if token_map is None else token_map.to(device), **options,
+    )  # fmt: skip
+    assert (tokens[-1] == POISON).all()
+    assert (log_probs[-1] == POISON).all()
+    return tokens[:-1].cpu(), log_probs[:-1].cpu()
+
+
+def check_top_tokens(logits, want, device, **options):
+    """Tokens to the bit; log probabilities near float64's, never above 0, never rising."""
+    num_top = want.shape[2]
+    limits = torch.finfo(torch.float32)
+    finite = logits.double().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
+    exact = finite.log_softmax(-1).sort(-1, descending=True).values[..., :num_top]
+    for launcher, place in ((top_tokens, device), (reference.top_tokens, "cpu")):
+        chosen = options if place == device else {"token_map": options["token_map"]}
+        tokens, log_probs = run_top_tokens(launcher, logits, num_top, place, **chosen)
+        assert torch.equal(tokens, want)
+        assert (log_probs <= 0).all()
+        assert (log_probs[..., 1:] <= log_probs[..., :-1]).all()
+        # float32 ends where a logit of -inf lies below one of +inf.
+        torch.testing.assert_close(
+            log_probs.double().clamp(min=limits.min), exact.clamp(min=limits.min),
+            rtol=1e-5, atol=1e-5,
+        )  # fmt: skip
 
 
 def test_worked_example(device):
@@ -202,6 +235,45 @@ def test_bad_arguments_are_named(device, draft, name, damage):
     good = arguments(device)
     with pytest.raises(ValueError, match=f"^{name}: found .*, expected "):
         draft(**good | {name: damage(good)})
+
+
+def test_log_probabilities_by_hand(device):
+    logits = torch.tensor([[[0.0, 2.0, 0.0]]])
+    tokens, log_probs = run_top_tokens(top_tokens, logits, 2, device)
+    assert tokens.tolist() == [[[1, 0]]]
+    torch.testing.assert_close(log_probs, torch.tensor([[[-0.2395, -2.2395]]]), rtol=0, atol=1e-4)
+
+
+def test_a_certain_token_costs_nothing(device):
+    logits = torch.zeros(1, 1, 700)
+    logits[0, 0, 650] = 1000.0
+    _, log_probs = run_top_tokens(top_tokens, logits, 2, device)
+    assert log_probs.tolist() == [[[0.0, -1000.0]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("tokens", lambda a: a["tokens"][:, :1]),
+        ("tokens", lambda a: a["tokens"].int()),
+        ("tokens", lambda a: a["tokens"].transpose(0, 1)),
+        ("tokens", lambda a: a["tokens"].repeat(1, 1, 22)),
+        ("tokens", lambda a: a["tokens"][:, :, :0]),
+        ("log_probs", lambda a: a["log_probs"].double()),
+        ("log_probs", lambda a: a["log_probs"][:1]),
+        ("logits", lambda a: a["logits"].double()),
+        ("token_map", lambda a: a["token_map"][:, :9]),
+        ("workspace.sums", lambda a: a["workspace"]._replace(sums=torch.zeros(3))),
+    ],
+)
+@pytest.mark.parametrize("launcher", [top_tokens, reference.top_tokens], ids=["kernel", "twin"])
+def test_bad_arguments_of_top_tokens_are_named(device, launcher, name, damage):
+    good = {name: a for name, a in arguments(device).items() if name in (
+        "logits", "token_map", "workspace")}  # fmt: skip
+    good["tokens"] = torch.zeros(2, 2, 3, dtype=torch.int64, device=device)
+    good["log_probs"] = torch.zeros(2, 2, 3, device=device)
+    with pytest.raises(ValueError, match=f"^{name}: found .*, expected "):
+        launcher(**good | {name.partition(".")[0]: damage(good)})
 
 
 @pytest.mark.parametrize("name", ["counters", "maxima"])

@@ -81,7 +81,7 @@ def test_default_by_device(device, vocab, size):
 )
 def test_refused_sizes(asked, fields, message):
     from vllm_medusa.config import MedusaOptions
-    from vllm_medusa.speculative_config import choose_draft_vocabulary
+    from vllm_medusa.start_choices import choose_draft_vocabulary
 
     weights, _ = heads_and_target(**fields)
     options = MedusaOptions(model="heads", draft_vocab_size=asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_medusa.node_budget import NodeBudget
+from vllm_medusa.node_budget import NodeBudget, PricedLookup
 from vllm_medusa.step_costs import StepCosts
 
 FREQUENCIES = [0.6, 0.3, 0.2, 0.1]
@@ -49,11 +49,25 @@ def test_batches_between_measured_ones_are_interpolated():
 
 def test_no_choice_for_a_batch_larger_than_any_measured():
     assert budget().choose(17, 0) is None
-    assert budget().schedule([4] * 20, 0)[17:] == [4, 4, 4]
+    lookup = PricedLookup(budget(), [4] * 20)
+    assert [lookup[n] for n in range(17, 20)] == [4, 4, 4]
 
 
-def test_schedule_changes_sizes_that_were_measured():
-    schedule = budget().schedule([4] * 17, 0)
+def test_lookup_is_priced_when_asked_and_looked_at_again():
+    seen = budget()
+    lookup = PricedLookup(seen, [4] * 17)
+    lookup.look_again(1000)
+    assert lookup[1] == 4
+    for _ in range(20000):
+        seen.observe(4, 0)
+    assert lookup[1] == 4, "prices hold until the next look"
+    lookup.look_again(1000)
+    assert lookup[1] == 0
+
+
+def test_lookup_changes_sizes_that_were_measured():
+    lookup = PricedLookup(budget(), [4] * 17)
+    schedule = [lookup[n] for n in range(17)]
     assert schedule[1] == 4, "free rows"
     assert schedule[16] == 0, "every row beyond 8 costs a tenth of a step"
     # Where requests share the same free rows, more of them never get more nodes each.

@@ -42,7 +42,7 @@ def test_schedule_of_the_largest_tree():
 @pytest.mark.vllm
 @pytest.mark.parametrize("schedule", [[], [[2, 4, 3]], [[1, 4]], [[1, 4, -1]], "many"])
 def test_schedule_that_vllm_cannot_read_is_refused(schedule):
-    from vllm_medusa.speculative_config import choose_schedule
+    from vllm_medusa.start_choices import choose_schedule
     from vllm_medusa.tree import TokenTree
 
     options = MedusaOptions(model="heads", num_speculative_tokens_per_batch_size=schedule)

@@ -1,0 +1,143 @@
+"""Top tokens of every head with their log probabilities, from the heads' logits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import check_runnable
+from .checks_draft import check_top_tokens
+from .draft import known, load_groups, merge_groups, sortable
+from .draft_workspace import GROUP, GROUPS_PER_PROGRAM, DraftWorkspace, num_chunks, num_groups
+
+# float32's largest number. Logits are cut to it, so that no infinity meets another.
+_LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def _finite(values):
+    return tl.minimum(tl.maximum(values, -_LARGEST), _LARGEST)
+
+
+@triton.jit
+def _top_tokens_kernel(
+    tokens,  # out [R * NUM_HEADS, NUM_TOP] int64
+    log_probs,  # out [R * NUM_HEADS, NUM_TOP] float32
+    counters,  # in-place [R * NUM_HEADS] int32, 0 on entry and on return
+    maxima,  # scratch [R * NUM_HEADS, num_groups] int32
+    sums,  # scratch [R * NUM_HEADS, num_chunks, 2] float32
+    logits,  # in [R, NUM_HEADS, vocab_size]
+    token_map,  # in [1 or NUM_HEADS, vocab_size] int64, or None
+    req_stride,
+    head_stride,
+    map_stride,  # 0: one map for all heads
+    vocab_size,
+    num_groups,
+    NUM_HEADS: tl.constexpr,
+    NUM_TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_PER_PROGRAM: tl.constexpr,
+    PADDED_TOP: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    PADDED_CHUNKS: tl.constexpr,
+):
+    """Grid: (R * NUM_HEADS * chunks,), a chunk being GROUPS_PER_PROGRAM groups.
+
+    As in ``draft_tree``: every program writes what it found in its chunk, and the one that
+    finishes a row of logits last puts the row together.
+    """
+    num_chunks = tl.cdiv(num_groups, GROUPS_PER_PROGRAM)
+    row, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
+    req, head = row // NUM_HEADS, row % NUM_HEADS
+    row_logits = logits + req.to(tl.int64) * req_stride + head.to(tl.int64) * head_stride
+    row_maxima = maxima + row.to(tl.int64) * num_groups
+    row_sums = sums + row.to(tl.int64) * num_chunks * 2
+    first = chunk * GROUPS_PER_PROGRAM
+    groups = first + tl.arange(0, GROUPS_PER_PROGRAM)
+    values = known(load_groups(row_logits, groups, first, vocab_size, GROUP, GROUPS_PER_PROGRAM))
+    group_maxima = tl.max(values, 1)
+    tl.store(row_maxima + groups, sortable(group_maxima), mask=groups < num_groups)
+    largest = _finite(tl.max(group_maxima, 0))
+    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    shares = tl.where(ids < vocab_size, tl.exp(_finite(values) - largest), 0.0)
+    tl.store(row_sums + chunk * 2, largest)
+    tl.store(row_sums + chunk * 2 + 1, tl.sum(tl.sum(shares, 1), 0))
+    # As in draft_tree: everything is written before one thread announces it.
+    tl.debug_barrier()
+    num_done = tl.atomic_add(counters + row, 1, sem="acq_rel") + 1
+    if num_done < num_chunks:
+        return
+    tl.store(counters + row, 0)
+
+    chunks = tl.arange(0, PADDED_CHUNKS)
+    is_chunk = chunks < num_chunks
+    found = row_sums + chunks * 2
+    chunk_maxima = tl.load(found, mask=is_chunk, other=-_LARGEST, cache_modifier=".cg")
+    chunk_sums = tl.load(found + 1, mask=is_chunk, other=0.0, cache_modifier=".cg")
+    largest = tl.max(chunk_maxima, 0)
+    log_sum = tl.log(tl.sum(chunk_sums * tl.exp(chunk_maxima - largest), 0))
+    best = merge_groups(
+        row_logits, row_maxima, NUM_TOP, vocab_size, num_groups, GROUP, PADDED_GROUPS, PADDED_TOP
+    ).to(tl.int64)
+    ranks = tl.arange(0, PADDED_TOP)
+    is_rank = ranks < NUM_TOP
+    values = known(tl.load(row_logits + best, mask=is_rank, other=float("-inf")))
+    # Not above 0 whatever the rounding: no child is then likelier than its parent.
+    values = tl.minimum((_finite(values) - largest) - log_sum, 0.0)
+    if token_map is not None:
+        row_map = token_map + head.to(tl.int64) * map_stride
+        best = tl.load(row_map + best, mask=is_rank, other=-1)
+    place = row.to(tl.int64) * NUM_TOP + ranks
+    tl.store(tokens + place, best, mask=is_rank)
+    tl.store(log_probs + place, values, mask=is_rank)
+
+
+def top_tokens(
+    tokens: torch.Tensor,
+    log_probs: torch.Tensor,
+    logits: torch.Tensor,
+    *,
+    token_map: torch.Tensor | None = None,
+    workspace: DraftWorkspace | None = None,
+) -> None:
+    """Each head's most likely tokens, best first, with their log probabilities.
+
+    Among equal logits the lower id comes first; NaN counts as -inf.  Infinities count as
+    float32's largest numbers, so a row of nothing else is uniform over them.
+
+    Parameters
+    ----------
+    tokens : torch.Tensor
+        ``[>= R, K, T]`` int64, out, contiguous. Ids of the base vocabulary; T <= 64.
+    log_probs : torch.Tensor
+        ``[>= R, K, T]`` float32, out, contiguous. Log softmax over the heads' vocabulary; never
+        above 0, never rising with the rank, -inf at worst.
+    logits : torch.Tensor
+        ``[R, K, V]`` bfloat16, float16 or float32, any strides but a dense last dimension; the
+        heads' vocabulary, V <= 524288.
+    token_map : torch.Tensor, optional
+        ``[1 or K, V]`` int64. Heads' vocabulary id -> base vocabulary id.
+    workspace : DraftWorkspace, optional
+        Serves any number of calls, one after another; allocated when missing.
+
+    Examples
+    --------
+    Logits ``[[[0, 2, 0]]]``, T = 2: tokens ``[[[1, 0]]]``, log probabilities
+    ``[[[-0.24, -2.24]]]``.
+    """
+    check_top_tokens(tokens, log_probs, logits, token_map=token_map, workspace=workspace)
+    check_runnable("logits", logits, _top_tokens_kernel)
+    num_reqs, num_heads, vocab = logits.shape
+    if num_reqs == 0:
+        return
+    num_rows, groups, chunks = num_reqs * num_heads, num_groups(vocab), num_chunks(vocab)
+    workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
+    _top_tokens_kernel[(num_rows * chunks,)](
+        tokens, log_probs, *workspace, logits, token_map, logits.stride(0), logits.stride(1),
+        0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
+        vocab, groups, NUM_HEADS=num_heads, NUM_TOP=tokens.shape[2], GROUP=GROUP,
+        GROUPS_PER_PROGRAM=GROUPS_PER_PROGRAM, PADDED_TOP=triton.next_power_of_2(tokens.shape[2]),
+        PADDED_GROUPS=triton.next_power_of_2(groups),
+        PADDED_CHUNKS=triton.next_power_of_2(chunks), num_warps=4,
+    )  # fmt: skip

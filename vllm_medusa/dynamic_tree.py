@@ -1,0 +1,95 @@
+"""A tree per request and per step: the likeliest nodes by the heads' own probabilities.
+
+Independent heads give every path a probability, the product along it.  The best tree of n
+nodes is then the n likeliest paths, which two launches find inside the step's CUDA graph: one
+takes every head's best tokens with their log probabilities, one chooses among the paths that
+can be in such a tree at all and writes the tree into the tables of the request's slot, where
+the next step's masks, positions and walk read it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_medusa.kernels import (
+    Candidates,
+    DraftWorkspace,
+    FixedTree,
+    TreeTables,
+    best_tree,
+    top_tokens,
+)
+from vllm_medusa.tree_batch import TreeBatch
+from vllm_medusa.tree_candidates import candidate_paths, candidate_tables, ranks_for
+
+
+class DynamicDrafter:
+    """Chooses and fills trees; all tables are built once, so ``draft`` copies nothing.
+
+    Parameters
+    ----------
+    tree_batch : TreeBatch
+        Whose tables the trees are written to; requests that it calls fixed keep its tree.
+    num_heads : int
+        Heads that draft, at least as many as that tree is deep.
+    vocab_size : int
+        Tokens that a head scores.
+
+    Raises
+    ------
+    ValueError
+        When so few heads and tokens do not fill a tree of that many nodes.
+    """
+
+    def __init__(self, tree_batch: TreeBatch, num_heads: int, vocab_size: int):
+        tree, device = tree_batch.tree, tree_batch.device
+        max_num_reqs = tree_batch.parents.shape[0]
+        num_ranks = ranks_for(tree.num_nodes, num_heads, vocab_size)
+        num_top = max(num_ranks, tree.max_rank + 1)
+        paths = candidate_paths(tree.num_nodes, [num_ranks] * num_heads)
+        self.candidates = Candidates(
+            *(
+                torch.from_numpy(table).to(device)
+                for table in candidate_tables(paths, num_heads, num_top)
+            )
+        )
+        node_columns = [
+            (depth - 1) * num_top + rank
+            for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)
+        ]
+        self.tables = TreeTables(tree_batch.parents, tree_batch.depths, tree_batch.masks)
+        self.fixed = FixedTree(
+            tree_batch.fixed_slots,
+            torch.tensor(node_columns, dtype=torch.int32, device=device),
+            # Row 0 of any slot: no tree was chosen yet.
+            *(table[0].clone() for table in self.tables),
+        )
+        self.workspace = DraftWorkspace.allocate(max_num_reqs * num_heads, vocab_size, device)
+        shape = (max_num_reqs, num_heads, num_top)
+        self.tokens = torch.empty(shape, dtype=torch.int64, device=device)
+        self.log_probs = torch.empty(shape, dtype=torch.float32, device=device)
+        self.scratch = torch.empty(
+            max_num_reqs * tree.num_nodes, dtype=torch.int32, device=device
+        )
+
+    def draft(
+        self,
+        out: torch.Tensor,  # [num_reqs, num_nodes] int64
+        logits: torch.Tensor,  # [num_reqs, num_heads, vocab_size]
+        slots: torch.Tensor,  # [num_reqs] int64, negative: no request
+        token_map: torch.Tensor | None,  # [1 or num_heads, vocab_size] int64
+    ) -> None:
+        """Write every request's next tree into its slot's tables, and its drafts to ``out``."""
+        top_tokens(
+            self.tokens, self.log_probs, logits, token_map=token_map, workspace=self.workspace
+        )
+        best_tree(
+            out,
+            self.tables,
+            self.tokens,
+            self.log_probs,
+            slots,
+            self.candidates,
+            self.fixed,
+            scratch=self.scratch,
+        )
