@@ -14,7 +14,14 @@ from .attention_plan import (
     power_of_two_from,
     workspace_elements,
 )
-from .checks import at_least, check_runnable, check_tensor, check_tree_attention, require
+from .checks import (
+    WORD_BITS,
+    at_least,
+    check_runnable,
+    check_tensor,
+    check_tree_attention,
+    require,
+)
 
 # Floats of partial results that a program of the joining kernel holds, 16 registers a thread.
 # Its code comes from memory in every layer: 6 KB at 16, 10 KB at 64.
@@ -92,10 +99,11 @@ def tree_attention(
         query rows.  Requests without rows are skipped.
     tree_masks : torch.Tensor
         ``[>= num_reqs, W]`` int64, W >= max_query_len.  Bit j of word i: row i sees row j.
+        For more than 64 rows ``[>= num_reqs, 2, W]``: words of rows 0..63, then of 64..127.
     scale : float
         Softmax scale, positive.
     num_reqs, max_query_len, max_seq_len : int
-        Upper bounds of the launch; max_query_len <= 64.
+        Upper bounds of the launch; max_query_len <= 128.
     sliding_window : int
         0 or the number of tree positions a row sees, itself included; a row's position is
         ``context + depth`` with depth = popcount(mask) - 1.
@@ -146,6 +154,18 @@ def tree_attention(
     )  # fmt: skip
 
 
+def _mask_words(tree_masks: torch.Tensor, max_query_len: int) -> tuple[torch.Tensor, int]:
+    """Masks that a launch reads, and how far a row's second word lies from its first.
+
+    Batches of at most 64 rows need no second word, whatever the table holds: distance 0.
+    """
+    if tree_masks.dim() == 2:
+        return tree_masks, 0
+    if max_query_len <= WORD_BITS:
+        return tree_masks[:, 0], 0
+    return tree_masks, tree_masks.stride(1)
+
+
 def launch(
     plan: AttentionPlan,
     out: torch.Tensor,
@@ -183,13 +203,14 @@ def launch(
         "HEAD_SIZE": head_size, "PADDED_HEAD": padded_head,
         "BLOCK_KEYS": plan.block_keys, "MIN_TILES": plan.min_tiles, "CHAINED": chained,
     }  # fmt: skip
+    tree_masks, second_word = _mask_words(tree_masks, max_query_len)
     scales = {s.numel() for s in (k_scale, v_scale) if s is not None} or {1}
     tree_attention_kernel[(plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits)](
         out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
         k_scale, v_scale, workspace, counters, num_tokens, out.stride(0), q.stride(0),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),
         tree_masks.stride(0), **shape, SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=max(scales),
-        BLOCK_SIZE=k_cache.shape[1], BLOCK_ROWS=plan.block_rows,
+        BLOCK_SIZE=k_cache.shape[1], BLOCK_ROWS=plan.block_rows, SECOND_WORD=second_word,
         IS_SPLIT=is_split, IS_JOINED=is_joined, BLOCK_SPLITS=block_splits,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
@@ -256,12 +277,13 @@ def add_tree_attention(
     block_rows = min(max(16, power_of_two_from(max_query_len * group)), 64 if is_small else 16)
     row_tiles = ceil_div(max_query_len * group, block_rows)
     chained = can_chain(q.device)
+    tree_masks, second_word = _mask_words(tree_masks, max_query_len)
     tree_part_kernel[(row_tiles, num_reqs * num_kv_heads)](
         out, lse, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
         out.stride(0), lse.stride(0), q.stride(0), k_cache.stride(0),
         k_cache.stride(1), k_cache.stride(2), block_table.stride(0), tree_masks.stride(0),
         SCALE=scale, SOFT_CAP=logit_soft_cap, NUM_KV_HEADS=num_kv_heads, GROUP=group,
         HEAD_SIZE=head_size, PADDED_HEAD=padded_head, BLOCK_SIZE=k_cache.shape[1],
-        BLOCK_ROWS=block_rows, BLOCK_KEYS=64 if is_small else 16, CHAINED=chained, num_warps=4,
-        num_stages=1, **({"launch_pdl": True} if chained else {}),
+        BLOCK_ROWS=block_rows, BLOCK_KEYS=64 if is_small else 16, SECOND_WORD=second_word,
+        CHAINED=chained, num_warps=4, num_stages=1, **({"launch_pdl": True} if chained else {}),
     )  # fmt: skip

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-# One row of a token tree is one bit of a 64-bit ancestor word, so a request has at
-# most a root and 63 nodes.
-MAX_TREE_ROWS = 64
+# One row of a token tree is one bit of its ancestor masks, which are one or two 64-bit words:
+# a request has at most a root and 127 nodes.
+WORD_BITS = 64
+MAX_TREE_ROWS = 2 * WORD_BITS
 
 
 def require(condition: bool, name: str, found: Any, expected: str) -> None:
@@ -21,6 +22,20 @@ def require(condition: bool, name: str, found: Any, expected: str) -> None:
 def at_least(size: int) -> int | None:
     """A size for :func:`check_tensor` that accepts `size` or more."""
     return -size or None
+
+
+def num_words(num_rows: int) -> int:
+    """Words of a mask over so many rows.
+
+    Where it is more than one, the words are an axis behind the requests: ancestor masks are
+    ``[.., 2, W]``, path masks ``[.., 2]``.
+    """
+    return -(-num_rows // WORD_BITS)
+
+
+def word_axis(num_rows: int) -> list[int]:
+    """The axis of a mask's words: none where there is only one."""
+    return [] if num_rows <= WORD_BITS else [num_words(num_rows)]
 
 
 def check_tensor(
@@ -91,15 +106,29 @@ def check_scatter_tree(
     check_tensor("positions", positions, shape=[None], dtype=torch.int64, device=device)
     check_tensor("depths", depths, shape=[None, None], dtype=torch.int32, device=device)
     width = depths.shape[1]
-    require(1 <= width <= MAX_TREE_ROWS, "depths", f"{width} columns", "1..64 columns")
+    found, expected = f"{width} columns", f"1..{MAX_TREE_ROWS} columns"
+    require(1 <= width <= MAX_TREE_ROWS, "depths", found, expected)
+    words = word_axis(width)
     for name, tensor, shape, dtype in (
-        ("masks", masks, [depths.shape[0], width], torch.int64),
-        ("step_masks", step_masks, [at_least(num_tree_reqs), width], torch.int64),
+        ("masks", masks, [depths.shape[0], *words, width], torch.int64),
+        ("step_masks", step_masks, [at_least(num_tree_reqs), *words, width], torch.int64),
         ("query_start_loc", query_start_loc, [at_least(num_tree_reqs + 1)], torch.int32),
         ("cu_num_logits", cu_num_logits, [at_least(num_tree_reqs + 1)], torch.int32),
         ("idx_mapping", idx_mapping, [at_least(num_tree_reqs)], (torch.int64, torch.int32)),
     ):
         check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
+    for name, tensor in (("masks", masks), ("step_masks", step_masks)) if words else ():
+        check_dense_words(name, tensor, width)
+
+
+def _has_axes(tensor: Any, count: int) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.dim() == count
+
+
+def check_dense_words(name: str, tensor: torch.Tensor, size: int) -> None:
+    """Raise ValueError unless the words of a request's masks, `size` each, lie side by side."""
+    found = f"strides {list(tensor.stride())}"
+    require(tensor.stride(1) == size, name, found, f"dense words of {size}")
 
 
 def check_compact_kv(
@@ -132,9 +161,12 @@ def check_compact_kv(
         ("block_table", block_table, [None, None], torch.int32),
         ("idx_mapping", idx_mapping, [at_least(num_reqs)], integers),
         ("root_positions", root_positions, [at_least(num_reqs)], integers),
-        ("path_masks", path_masks, [at_least(num_reqs)], torch.int64),
     ):
         check_tensor(name, tensor, shape=shape, dtype=dtypes, device=device)
+    shape = [at_least(num_reqs), *([2] if _has_axes(path_masks, 2) else [])]
+    check_tensor("path_masks", path_masks, shape=shape, dtype=torch.int64, device=device)
+    found = f"strides {list(path_masks.stride())}"
+    require(path_masks.is_contiguous(), "path_masks", found, "a dense tensor")
 
 
 def check_tree_attention(
@@ -182,12 +214,16 @@ def check_tree_attention(
     ):  # fmt: skip
         require(number >= low, name, number, f"at least {low}")
     require(scale > 0, "scale", scale, "a positive number")
-    require(max_query_len <= MAX_TREE_ROWS, "max_query_len", max_query_len, "at most 64")
+    words = [2] if _has_axes(tree_masks, 3) else []
+    most = MAX_TREE_ROWS if words else WORD_BITS
+    expected = f"at most {most}" + ("" if words else "; masks of more rows are [.., 2, W]")
+    require(max_query_len <= most, "max_query_len", max_query_len, expected)
+    mask_shape = [at_least(num_reqs), *words, at_least(max_query_len)]
     for name, tensor, shape, dtype in (
         ("block_table", block_table, [at_least(num_reqs), None], torch.int32),
         ("query_start_loc", query_start_loc, [at_least(num_reqs + 1)], torch.int32),
         ("seq_lens", seq_lens, [at_least(num_reqs)], torch.int32),
-        ("tree_masks", tree_masks, [at_least(num_reqs), at_least(max_query_len)], torch.int64),
+        ("tree_masks", tree_masks, mask_shape, torch.int64),
     ):
         check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
     if sinks is not None:

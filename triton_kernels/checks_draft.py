@@ -9,7 +9,8 @@ from .draft_workspace import GROUP, DraftWorkspace, num_groups
 
 # Groups of one row that the merging program holds at once: 4096 of them are 524,288 tokens.
 MAX_GROUPS = 4096
-MAX_TOP = 64
+MAX_TOP = 128
+MAX_NODES = MAX_TREE_ROWS - 1  # the root is drawn by the target
 
 
 def check_draft_tree(
@@ -33,7 +34,7 @@ def check_draft_tree(
     require(1 <= num_top <= low, "num_top", num_top, f"1..{low} (vocabulary, kernel)")
     check_tensor("node_columns", node_columns, shape=[None], dtype=torch.int64, device=device)
     nodes = node_columns.shape[0]
-    require(1 <= nodes <= MAX_TREE_ROWS, "node_columns", f"{nodes} nodes", "1..64 nodes")
+    require(1 <= nodes <= MAX_NODES, "node_columns", f"{nodes} nodes", f"1..{MAX_NODES} nodes")
     shape = [at_least(num_reqs), nodes]
     check_tensor("out", out, shape=shape, dtype=torch.int64, device=device)
     if token_map is not None:

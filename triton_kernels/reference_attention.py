@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_tree_attention
+from .checks import WORD_BITS, check_tree_attention
 
 
-def _words_to_bits(words: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """``[n]`` int64 words -> ``[n, num_bits]`` bool."""
-    shifts = torch.arange(num_bits, device=words.device)
-    return (words[:, None] >> shifts & 1).bool()
+def _ancestors(masks: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """A request's masks ``[W]`` or ``[2, W]`` -> ``[num_rows, num_rows]`` bool: who sees whom."""
+    rows = torch.arange(num_rows, device=masks.device)
+    words = masks.view(-1, masks.shape[-1])[rows // WORD_BITS, :num_rows]  # [seen, seeing]
+    return (words.T >> rows % WORD_BITS & 1).bool()
 
 
 def _visible_keys(
-    words: torch.Tensor,  # [rows] int64
+    is_ancestor: torch.Tensor,  # [rows, rows] bool
     context: int,
     window: int,
 ) -> torch.Tensor:
     """``[rows, context + rows]`` bool: who sees which key."""
-    num_rows = words.shape[0]
-    keys = torch.arange(context, device=words.device)
-    visible = torch.cat(
-        [keys.new_ones(num_rows, context, dtype=torch.bool), _words_to_bits(words, num_rows)], 1
-    )
+    num_rows = is_ancestor.shape[0]
+    keys = torch.arange(context, device=is_ancestor.device)
+    visible = torch.cat([is_ancestor.new_ones(num_rows, context), is_ancestor], 1)
     if window > 0:
-        positions = context + _words_to_bits(words, 64).sum(1) - 1  # of the rows, by depth
+        positions = context + is_ancestor.sum(1) - 1  # of the rows, by depth
         key_positions = torch.cat([keys, positions])
         visible &= positions[:, None] - key_positions[None, :] < window
     return visible
@@ -70,7 +69,7 @@ def tree_attention(
     block_table: torch.Tensor,  # [>= num_reqs, max_blocks] int32
     query_start_loc: torch.Tensor,  # [>= num_reqs + 1] int32
     seq_lens: torch.Tensor,  # [>= num_reqs] int32
-    tree_masks: torch.Tensor,  # [>= num_reqs, W] int64
+    tree_masks: torch.Tensor,  # [>= num_reqs, (2,) W] int64
     *,
     scale: float,
     num_reqs: int,
@@ -112,7 +111,7 @@ def tree_attention(
         v = v if v_scale is None else v * v_scale.reshape(-1, 1)
 
         scores = _scores(q[rows].to(compute), k, scale, logit_soft_cap)
-        visible = _visible_keys(tree_masks[r, :num_rows], context, sliding_window)
+        visible = _visible_keys(_ancestors(tree_masks[r], num_rows), context, sliding_window)
         scores = scores.masked_fill(~visible[:, None, first_key:], float("-inf"))
         if sinks is not None:
             sink_column = sinks.to(compute)[None, :, None].expand(num_rows, -1, 1)
@@ -130,7 +129,7 @@ def add_tree_attention(
     block_table: torch.Tensor,  # [>= num_reqs, max_blocks] int32
     query_start_loc: torch.Tensor,  # [>= num_reqs + 1] int32
     seq_lens: torch.Tensor,  # [>= num_reqs] int32
-    tree_masks: torch.Tensor,  # [>= num_reqs, W] int64
+    tree_masks: torch.Tensor,  # [>= num_reqs, (2,) W] int64
     *,
     scale: float,
     num_reqs: int,
@@ -157,7 +156,7 @@ def add_tree_attention(
         k = _gather_rows(k_cache, block_table[r], keys).to(compute)
         v = _gather_rows(v_cache, block_table[r], keys).to(compute)
         scores = _scores(q[rows].to(compute), k, scale, logit_soft_cap)
-        is_ancestor = _words_to_bits(tree_masks[r, :num_rows], num_rows)
+        is_ancestor = _ancestors(tree_masks[r], num_rows)
         scores = scores.masked_fill(~is_ancestor[:, None], float("-inf"))
         parts, context_lse = [scores], lse[:, rows].T.to(compute)
         context_out = out[rows].to(compute)

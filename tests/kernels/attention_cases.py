@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from kernel_cases import ancestors_of, cumulated, depths_of, masks_of, padded_rows
+from kernel_cases import ancestors_of, cumulated, depths_of, mask_table, padded_rows
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def build(case: Case, device: torch.device) -> dict:
         ]
     sinks = torch.randn(num_heads, generator=generator).to(device) if case.sinks else None
     k_cache, v_cache = cache.transpose(1, 2).split(case.head_size, -1)
-    masks = [masks_of(list(tree)) if tree else [] for tree in case.trees]
+    widest = max([*case.query_lens, 1])
     return {
         "out": torch.full((num_tokens, num_heads, case.head_size), float("nan"),
                           dtype=case.dtype, device=device),
@@ -93,10 +93,10 @@ def build(case: Case, device: torch.device) -> dict:
             [c + n for c, n in zip(case.contexts, case.query_lens, strict=True)],
             dtype=torch.int32,
         ).to(device),
-        "tree_masks": padded_rows(masks, max([*case.query_lens, 1]), -1, torch.int64).to(device),
+        "tree_masks": mask_table(list(case.trees), widest, -1).to(device),
         "scale": 1 / math.sqrt(case.head_size),
         "num_reqs": len(case.trees),
-        "max_query_len": max([*case.query_lens, 1]),
+        "max_query_len": widest,
         "max_seq_len": max(c + n for c, n in zip(case.contexts, case.query_lens, strict=True)),
         "sliding_window": case.window,
         "logit_soft_cap": case.soft_cap,
