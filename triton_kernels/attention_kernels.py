@@ -29,6 +29,7 @@ def tree_attention_kernel(
     sinks,  # in [Hq] or None
     k_scale,  # in [SCALES] float32 or None
     v_scale,  # in [SCALES] float32 or None
+    q_scale,  # in [SCALES] float32 or None
     workspace,  # out, IS_SPLIT: float32 accumulators, then (maximum, sum) pairs
     counters,  # in-place, IS_JOINED: [row_tiles * num_reqs * Hkv] int32, 0 on entry and return
     num_tokens,
@@ -88,12 +89,15 @@ def tree_attention_kernel(
     dims = tl.arange(0, PADDED_HEAD)
     is_stored = is_row[:, None] & (dims < HEAD_SIZE)[None, :]
     q_ptrs = q + tokens[:, None] * q_stride + heads[:, None] * HEAD_SIZE + dims[None, :]
-    q_tile = tl.load(q_ptrs, mask=is_stored, other=0.0)
+    # float8 queries are exact in the output's dtype, in which the products are made.
+    q_tile = tl.load(q_ptrs, mask=is_stored, other=0.0).to(out.dtype.element_ty)
     masks_row = tree_masks + req.to(tl.int64) * masks_stride
     words, high_words, depths = row_masks(masks_row, rows, is_row, WINDOW, SECOND_WORD)
     qk_scale = SCALE
     if k_scale is not None:
         qk_scale = SCALE * tl.load(k_scale + kv_head % SCALES)
+    if q_scale is not None:
+        qk_scale = qk_scale * tl.load(q_scale + kv_head % SCALES)
     k_head = k_cache + kv_head.to(tl.int64) * head_stride
     v_head = v_cache + kv_head.to(tl.int64) * head_stride
     table_row = block_table + req.to(tl.int64) * table_stride
@@ -214,6 +218,9 @@ def tree_part_kernel(
     seq_lens,  # in [>= num_reqs] int32
     tree_masks,  # in [>= num_reqs, W] int64, or [>= num_reqs, 2, W]
     sinks,  # in [Hq] or None
+    k_scale,  # in [SCALES] float32 or None
+    v_scale,  # in [SCALES] float32 or None
+    q_scale,  # in [SCALES] float32 or None
     out_stride,
     lse_stride,
     q_stride,
@@ -224,6 +231,7 @@ def tree_part_kernel(
     masks_stride,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SCALES: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -249,7 +257,13 @@ def tree_part_kernel(
     head_offsets = heads[:, None] * HEAD_SIZE + dims[None, :]
     if CHAINED:
         gdc_wait()
-    q_tile = tl.load(q + tokens[:, None] * q_stride + head_offsets, mask=is_stored, other=0.0)
+    q_ptrs = q + tokens[:, None] * q_stride + head_offsets
+    q_tile = tl.load(q_ptrs, mask=is_stored, other=0.0).to(out.dtype.element_ty)
+    qk_scale = SCALE
+    if k_scale is not None:
+        qk_scale = SCALE * tl.load(k_scale + kv_head % SCALES)
+    if q_scale is not None:
+        qk_scale = qk_scale * tl.load(q_scale + kv_head % SCALES)
     masks_row = tree_masks + req.to(tl.int64) * masks_stride
     words, high_words, depths = row_masks(masks_row, rows, is_row, 0, SECOND_WORD)
     k_head = k_cache + kv_head.to(tl.int64) * head_stride
@@ -264,9 +278,12 @@ def tree_part_kernel(
     for low in range(context, seq_len, BLOCK_KEYS):
         acc, row_max, row_sum = attend_tile(
             acc, row_max, row_sum, q_tile, words, high_words, depths, low, k_head, v_head,
-            table_row, masks_row, context, context, seq_len, SCALE, block_stride, slot_stride,
-            False, SOFT_CAP, 0, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS, SECOND_WORD,
+            table_row, masks_row, context, context, seq_len, qk_scale, block_stride,
+            slot_stride, False, SOFT_CAP, 0, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS,
+            SECOND_WORD,
         )  # fmt: skip
+    if v_scale is not None:  # the context's part has been multiplied already
+        acc = acc * tl.load(v_scale + kv_head % SCALES)
     # Nothing can be said of rows without a context: FlashAttention leaves +inf or -inf there.
     row_lse = tl.where(context > 0, row_lse * LOG2_E, float("-inf"))
     new_max = tl.maximum(row_max, row_lse)

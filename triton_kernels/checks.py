@@ -12,6 +12,8 @@ import torch
 WORD_BITS = 64
 MAX_TREE_ROWS = 2 * WORD_BITS
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def require(condition: bool, name: str, found: Any, expected: str) -> None:
     """Raise a ValueError naming the argument, what was found and what was expected."""
@@ -188,17 +190,20 @@ def check_tree_attention(
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    q_scale: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``tree_attention`` documents."""
     device, floats = q.device, (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    check_tensor("q", q, shape=[None, None, None], dtype=floats, device=device)
+    dtypes = (*floats, *FLOAT8)
+    check_tensor("q", q, shape=[None, None, None], dtype=dtypes, device=device)
+    computed = floats if q.dtype in FLOAT8 else (q.dtype,)
     _, num_heads, head_size = q.shape
     require(16 <= head_size <= 256, "q", f"head size {head_size}", "a head size of 16..256")
-    for name, tensor in (("q", q), ("out", out)):
-        check_tensor(name, tensor, shape=q.shape, dtype=q.dtype, device=device)
+    for name, tensor, accepted in (("q", q, dtypes), ("out", out, computed)):
+        check_tensor(name, tensor, shape=q.shape, dtype=accepted, device=device)
         found = tensor.stride(1)
         require(found == head_size, name, f"head stride {found}", f"dense heads ({head_size})")
-    cached = (q.dtype, torch.float8_e4m3fn, torch.float8_e5m2)
+    cached = (out.dtype, *FLOAT8)
     cache_shape = [None, None, None, head_size]
     check_tensor("k_cache", k_cache, shape=cache_shape, dtype=cached, device=device)
     check_tensor("v_cache", v_cache, shape=k_cache.shape, dtype=k_cache.dtype, device=device)
@@ -228,9 +233,11 @@ def check_tree_attention(
         check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
     if sinks is not None:
         check_tensor("sinks", sinks, shape=[num_heads], dtype=floats, device=device)
-    for name, factors in (("k_scale", k_scale), ("v_scale", v_scale)):
+    counts = {1, kv_heads}
+    for name, factors in (("k_scale", k_scale), ("v_scale", v_scale), ("q_scale", q_scale)):
         if factors is not None:
             shape = [None] * factors.dim()
             check_tensor(name, factors, shape=shape, dtype=torch.float32, device=device)
-            count = factors.numel()
-            require(count in (1, kv_heads), name, f"{count} elements", f"1 or {kv_heads}")
+            found, expected = f"{factors.numel()} elements", " or ".join(map(str, sorted(counts)))
+            require(factors.numel() in counts, name, found, expected)
+            counts = {factors.numel()}  # one stride serves them all

@@ -169,11 +169,26 @@ def test_half_precisions(device, dtype, head_size):
     check(case, device)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("cache_dtype", FLOAT8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scales", [0, 1, 2])
 def test_float8_caches(device, cache_dtype, dtype, scales):
     case = Case((tree("random-16"),), (70,), dtype=dtype, cache_dtype=cache_dtype, scales=scales)
+    check(case, device)
+
+
+@pytest.mark.parametrize("query_dtype", FLOAT8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_float8_queries(device, query_dtype, dtype, num_splits):
+    """What vLLM passes with a float8 cache; every head with factors of its own."""
+    case = Case(
+        (tree("random-16"), tree("full-127")), (70, 300), dtype=dtype, query_dtype=query_dtype,
+        cache_dtype=torch.float8_e4m3fn, scales=2, num_splits=num_splits,
+    )  # fmt: skip
     check(case, device)
 
 
@@ -214,6 +229,11 @@ PART_CASES = {
     "soft-cap-and-sinks": Case((tree("random-30"),), (50,), soft_cap=2.0, sinks=True, group=3),
     "head-size-80": Case((tree("random-30"),), (50,), head_size=80),
     "half": Case((tree("full-63"),), (70,), dtype=torch.float16, head_size=128),
+    "float8": Case((tree("random-30"),), (50,), cache_dtype=torch.float8_e5m2, scales=1,
+                   sinks=True),
+    "float8-queries": Case((tree("full-63"), tree("one-node")), (70, 0), dtype=torch.float16,
+                           cache_dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn,
+                           scales=2),
     "two-words": Case((tree("full-127"), tree("one-node")), (70, 9), group=2),
     "two-words-half": Case((tree("random-126"), tree("random-64")), (33, 0), dtype=torch.float16),
 }
@@ -229,7 +249,7 @@ def test_tree_part_completes_attention_over_the_context(device, name, add):
     reference.tree_attention(**exact)
     context_out, lse = attention_over_context(arguments)
     arguments["out"].copy_(context_out)
-    for unknown in ("sliding_window", "k_scale", "v_scale", "num_splits"):
+    for unknown in ("sliding_window", "num_splits"):
         del arguments[unknown]
     add(lse=lse.float().contiguous().to(device), **arguments)
     num_rows = sum(case.query_lens)
@@ -347,6 +367,9 @@ BAD_ARGUMENTS = [
     ("sinks", lambda a: a["q"].new_zeros(3)),
     ("k_scale", lambda a: a["q"].new_zeros(3)),
     ("v_scale", lambda a: a["q"].new_zeros(1, dtype=torch.float16)),
+    ("v_scale", lambda a: a["q"].new_ones(2)),  # while k_scale has one element
+    ("q_scale", lambda a: a["q"].new_ones(2)),
+    ("out", lambda a: a["out"].to(torch.float8_e4m3fn)),
 ]
 
 
