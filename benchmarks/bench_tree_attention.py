@@ -284,7 +284,7 @@ def _with_plan(plan: Any, a: dict[str, Any]) -> Callable[[], None]:
     tensors = [a[name] for name in ("out", "q", "k_cache", "v_cache", "block_table",
                                     "query_start_loc", "seq_lens", "tree_masks")]  # fmt: skip
     return lambda: attention.launch(
-        plan, *tensors, a["scale"], a["num_reqs"], a["max_query_len"], 0, 0.0, None, None, None,
+        plan, *tensors, a["scale"], a["num_reqs"], a["max_query_len"], 0, 0.0, *[None] * 4,
         workspace,
     )  # fmt: skip
 

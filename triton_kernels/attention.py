@@ -14,7 +14,14 @@ from .attention_plan import (
     power_of_two_from,
     workspace_elements,
 )
-from .checks import at_least, check_runnable, check_tensor, check_tree_attention, require
+from .checks import (
+    WORD_BITS,
+    at_least,
+    check_runnable,
+    check_tensor,
+    check_tree_attention,
+    require,
+)
 
 # Floats of partial results that a program of the joining kernel holds, 16 registers a thread.
 # Its code comes from memory in every layer: 6 KB at 16, 10 KB at 64.
@@ -68,6 +75,7 @@ def tree_attention(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
     num_splits: int | None = None,
     workspace: torch.Tensor | None = None,
 ) -> None:
@@ -81,9 +89,9 @@ def tree_attention(
     ----------
     out, q : torch.Tensor
         ``[num_tokens, Hq, D]`` bfloat16, float16 or float32, heads dense.  float32 is
-        computed in float32 (no TF32).
+        computed in float32 (no TF32).  `q` may also be float8_e4m3fn or float8_e5m2.
     k_cache, v_cache : torch.Tensor
-        ``[num_blocks, block_size, Hkv, D]`` views of equal strides, of q's dtype or
+        ``[num_blocks, block_size, Hkv, D]`` views of equal strides, of out's dtype or
         float8_e4m3fn / float8_e5m2.
     block_table : torch.Tensor
         ``[>= num_reqs, max_blocks]`` int32.
@@ -92,10 +100,11 @@ def tree_attention(
         query rows.  Requests without rows are skipped.
     tree_masks : torch.Tensor
         ``[>= num_reqs, W]`` int64, W >= max_query_len.  Bit j of word i: row i sees row j.
+        For more than 64 rows ``[>= num_reqs, 2, W]``: words of rows 0..63, then of 64..127.
     scale : float
         Softmax scale, positive.
     num_reqs, max_query_len, max_seq_len : int
-        Upper bounds of the launch; max_query_len <= 64.
+        Upper bounds of the launch; max_query_len <= 128.
     sliding_window : int
         0 or the number of tree positions a row sees, itself included; a row's position is
         ``context + depth`` with depth = popcount(mask) - 1.
@@ -103,8 +112,9 @@ def tree_attention(
         0 or c in ``c * tanh(score / c)``.
     sinks : torch.Tensor, optional
         ``[Hq]`` logits that take part in the softmax without a value.
-    k_scale, v_scale : torch.Tensor, optional
-        ``[]``, ``[1]`` or ``[Hkv]`` float32 factors of the cached keys and values.
+    k_scale, v_scale, q_scale : torch.Tensor, optional
+        ``[]``, ``[1]`` or ``[Hkv]`` float32 factors of the cached keys and values and of the
+        queries, equally many in each.
     num_splits : int, optional
         KV ranges computed in parallel; default from the host integers and the device.
     workspace : torch.Tensor, optional
@@ -119,9 +129,9 @@ def tree_attention(
         out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, scale=scale,
         num_reqs=num_reqs, max_query_len=max_query_len, max_seq_len=max_seq_len,
         sliding_window=sliding_window, logit_soft_cap=logit_soft_cap, sinks=sinks,
-        k_scale=k_scale, v_scale=v_scale,
+        k_scale=k_scale, v_scale=v_scale, q_scale=q_scale,
     )  # fmt: skip
-    require(q.dtype != torch.float64, "q", q.dtype, "bfloat16, float16 or float32")
+    require(out.dtype != torch.float64, "out", out.dtype, "bfloat16, float16 or float32")
     check_runnable("q", q, tree_attention_kernel)
     num_tokens, num_heads, head_size = q.shape
     if num_reqs == 0 or num_tokens == 0:
@@ -129,7 +139,7 @@ def tree_attention(
     num_kv_heads = k_cache.shape[2]
     plan = plan_attention(
         num_reqs=num_reqs, num_kv_heads=num_kv_heads, group=num_heads // num_kv_heads,
-        head_size=head_size, item_size=q.element_size(), max_query_len=max_query_len,
+        head_size=head_size, item_size=out.element_size(), max_query_len=max_query_len,
         max_seq_len=max_seq_len, num_multiprocessors=num_multiprocessors(q.device),
         num_splits=num_splits,
     )  # fmt: skip
@@ -142,8 +152,25 @@ def tree_attention(
         )
     launch(
         plan, out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, scale,
-        num_reqs, max_query_len, sliding_window, logit_soft_cap, sinks, k_scale, v_scale, workspace,
+        num_reqs, max_query_len, sliding_window, logit_soft_cap, sinks, k_scale, v_scale, q_scale,
+        workspace,
     )  # fmt: skip
+
+
+def _mask_words(tree_masks: torch.Tensor, max_query_len: int) -> tuple[torch.Tensor, int]:
+    """Masks that a launch reads, and how far a row's second word lies from its first.
+
+    Batches of at most 64 rows need no second word, whatever the table holds: distance 0.
+    """
+    if tree_masks.dim() == 2:
+        return tree_masks, 0
+    if max_query_len <= WORD_BITS:
+        return tree_masks[:, 0], 0
+    return tree_masks, tree_masks.stride(1)
+
+
+def _num_scales(*scales: torch.Tensor | None) -> int:
+    return max((factors.numel() for factors in scales if factors is not None), default=1)
 
 
 def launch(
@@ -164,6 +191,7 @@ def launch(
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    q_scale: torch.Tensor | None,
     workspace: torch.Tensor,
     counters: torch.Tensor | None = None,
 ) -> None:
@@ -183,13 +211,14 @@ def launch(
         "HEAD_SIZE": head_size, "PADDED_HEAD": padded_head,
         "BLOCK_KEYS": plan.block_keys, "MIN_TILES": plan.min_tiles, "CHAINED": chained,
     }  # fmt: skip
-    scales = {s.numel() for s in (k_scale, v_scale) if s is not None} or {1}
+    tree_masks, second_word = _mask_words(tree_masks, max_query_len)
+    scales = _num_scales(k_scale, v_scale, q_scale)
     tree_attention_kernel[(plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits)](
         out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
-        k_scale, v_scale, workspace, counters, num_tokens, out.stride(0), q.stride(0),
+        k_scale, v_scale, q_scale, workspace, counters, num_tokens, out.stride(0), q.stride(0),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),
-        tree_masks.stride(0), **shape, SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=max(scales),
-        BLOCK_SIZE=k_cache.shape[1], BLOCK_ROWS=plan.block_rows,
+        tree_masks.stride(0), **shape, SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=scales,
+        BLOCK_SIZE=k_cache.shape[1], BLOCK_ROWS=plan.block_rows, SECOND_WORD=second_word,
         IS_SPLIT=is_split, IS_JOINED=is_joined, BLOCK_SPLITS=block_splits,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
@@ -199,7 +228,7 @@ def launch(
     row_tiles = ceil_div(max_query_len * group, join_rows)
     join_splits_kernel[(row_tiles, num_reqs * num_kv_heads)](
         out, workspace, query_start_loc, seq_lens, sinks, v_scale, num_tokens, plan.num_splits,
-        out.stride(0), **shape, SCALES=max(scales), BLOCK_ROWS=join_rows,
+        out.stride(0), **shape, SCALES=scales, BLOCK_ROWS=join_rows,
         BLOCK_SPLITS=block_splits, num_warps=4, **({"launch_pdl": True} if chained else {}),
     )  # fmt: skip
 
@@ -221,17 +250,21 @@ def add_tree_attention(
     max_seq_len: int,
     logit_soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
 ) -> None:
     """Complete attention over the context with the keys of the tree.
 
     For kernels that know no tree masks: they attend to the context alone, where every row
     sees everything, and this one adds the rows' ancestors. Arguments as of
-    :func:`tree_attention`, without sliding windows and float8 caches, and
+    :func:`tree_attention`, without sliding windows, and
 
     Parameters
     ----------
     out : torch.Tensor
-        ``[num_tokens, Hq, D]`` attention over the first ``seq_len - query_len`` keys, replaced
+        ``[num_tokens, Hq, D]`` attention over the first ``seq_len - query_len`` keys, in its
+        final scale, replaced
         by attention over those and the tree. What stands in rows without context is ignored.
     lse : torch.Tensor
         ``[Hq, num_tokens]`` float32, natural logarithm of the sum of ``exp(score)`` over the
@@ -240,9 +273,9 @@ def add_tree_attention(
     check_tree_attention(
         out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, scale=scale,
         num_reqs=num_reqs, max_query_len=max_query_len, max_seq_len=max_seq_len,
-        sliding_window=0, logit_soft_cap=logit_soft_cap, sinks=sinks, k_scale=None, v_scale=None,
+        sliding_window=0, logit_soft_cap=logit_soft_cap, sinks=sinks, k_scale=k_scale,
+        v_scale=v_scale, q_scale=q_scale,
     )  # fmt: skip
-    check_tensor("k_cache", k_cache, shape=k_cache.shape, dtype=q.dtype, device=q.device)
     num_tokens, num_heads, head_size = q.shape
     shape = [num_heads, num_tokens]
     check_tensor("lse", lse, shape=shape, dtype=torch.float32, device=q.device)
@@ -252,16 +285,18 @@ def add_tree_attention(
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
     padded_head = power_of_two_from(head_size)
-    is_small = q.element_size() == 2 and padded_head <= 128
+    is_small = out.element_size() == 2 and padded_head <= 128
     block_rows = min(max(16, power_of_two_from(max_query_len * group)), 64 if is_small else 16)
     row_tiles = ceil_div(max_query_len * group, block_rows)
     chained = can_chain(q.device)
+    tree_masks, second_word = _mask_words(tree_masks, max_query_len)
     tree_part_kernel[(row_tiles, num_reqs * num_kv_heads)](
         out, lse, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
-        out.stride(0), lse.stride(0), q.stride(0), k_cache.stride(0),
+        k_scale, v_scale, q_scale, out.stride(0), lse.stride(0), q.stride(0), k_cache.stride(0),
         k_cache.stride(1), k_cache.stride(2), block_table.stride(0), tree_masks.stride(0),
-        SCALE=scale, SOFT_CAP=logit_soft_cap, NUM_KV_HEADS=num_kv_heads, GROUP=group,
+        SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=_num_scales(k_scale, v_scale, q_scale),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group,
         HEAD_SIZE=head_size, PADDED_HEAD=padded_head, BLOCK_SIZE=k_cache.shape[1],
-        BLOCK_ROWS=block_rows, BLOCK_KEYS=64 if is_small else 16, CHAINED=chained, num_warps=4,
-        num_stages=1, **({"launch_pdl": True} if chained else {}),
+        BLOCK_ROWS=block_rows, BLOCK_KEYS=64 if is_small else 16, SECOND_WORD=second_word,
+        CHAINED=chained, num_warps=4, num_stages=1, **({"launch_pdl": True} if chained else {}),
     )  # fmt: skip

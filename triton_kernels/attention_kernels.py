@@ -10,8 +10,8 @@ from .attention_tile import (
     finish_rows,
     join_tile,
     key_tiles,
-    popcount,
     program_rows,
+    row_masks,
     split_pairs,
 )
 
@@ -25,10 +25,11 @@ def tree_attention_kernel(
     block_table,  # in [>= num_reqs, max_blocks] int32
     query_start_loc,  # in [>= num_reqs + 1] int32
     seq_lens,  # in [>= num_reqs] int32
-    tree_masks,  # in [>= num_reqs, W] int64
+    tree_masks,  # in [>= num_reqs, W] int64, or [>= num_reqs, 2, W]
     sinks,  # in [Hq] or None
     k_scale,  # in [SCALES] float32 or None
     v_scale,  # in [SCALES] float32 or None
+    q_scale,  # in [SCALES] float32 or None
     workspace,  # out, IS_SPLIT: float32 accumulators, then (maximum, sum) pairs
     counters,  # in-place, IS_JOINED: [row_tiles * num_reqs * Hkv] int32, 0 on entry and return
     num_tokens,
@@ -50,6 +51,7 @@ def tree_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    SECOND_WORD: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     IS_JOINED: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
@@ -87,15 +89,15 @@ def tree_attention_kernel(
     dims = tl.arange(0, PADDED_HEAD)
     is_stored = is_row[:, None] & (dims < HEAD_SIZE)[None, :]
     q_ptrs = q + tokens[:, None] * q_stride + heads[:, None] * HEAD_SIZE + dims[None, :]
-    q_tile = tl.load(q_ptrs, mask=is_stored, other=0.0)
+    # float8 queries are exact in the output's dtype, in which the products are made.
+    q_tile = tl.load(q_ptrs, mask=is_stored, other=0.0).to(out.dtype.element_ty)
     masks_row = tree_masks + req.to(tl.int64) * masks_stride
-    words = tl.load(masks_row + rows, mask=is_row, other=1)
-    depths = tl.zeros([BLOCK_ROWS], tl.int32)
-    if WINDOW > 0:
-        depths = popcount(words) - 1
+    words, high_words, depths = row_masks(masks_row, rows, is_row, WINDOW, SECOND_WORD)
     qk_scale = SCALE
     if k_scale is not None:
         qk_scale = SCALE * tl.load(k_scale + kv_head % SCALES)
+    if q_scale is not None:
+        qk_scale = qk_scale * tl.load(q_scale + kv_head % SCALES)
     k_head = k_cache + kv_head.to(tl.int64) * head_stride
     v_head = v_cache + kv_head.to(tl.int64) * head_stride
     table_row = block_table + req.to(tl.int64) * table_stride
@@ -105,10 +107,10 @@ def tree_attention_kernel(
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
     for tile in range(low, high):
         acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q_tile, words, depths, tile * BLOCK_KEYS, k_head, v_head,
-            table_row, masks_row, first_key, context, seq_len, qk_scale, block_stride, slot_stride,
-            BLOCK_SIZE % BLOCK_KEYS == 0, SOFT_CAP, WINDOW, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE,
-            BLOCK_KEYS,
+            acc, row_max, row_sum, q_tile, words, high_words, depths, tile * BLOCK_KEYS, k_head,
+            v_head, table_row, masks_row, first_key, context, seq_len, qk_scale, block_stride,
+            slot_stride, BLOCK_SIZE % BLOCK_KEYS == 0, SOFT_CAP, WINDOW, HEAD_SIZE, PADDED_HEAD,
+            BLOCK_SIZE, BLOCK_KEYS, SECOND_WORD,
         )  # fmt: skip
 
     if not IS_SPLIT:
@@ -214,8 +216,11 @@ def tree_part_kernel(
     block_table,  # in [>= num_reqs, max_blocks] int32
     query_start_loc,  # in [>= num_reqs + 1] int32
     seq_lens,  # in [>= num_reqs] int32
-    tree_masks,  # in [>= num_reqs, W] int64
+    tree_masks,  # in [>= num_reqs, W] int64, or [>= num_reqs, 2, W]
     sinks,  # in [Hq] or None
+    k_scale,  # in [SCALES] float32 or None
+    v_scale,  # in [SCALES] float32 or None
+    q_scale,  # in [SCALES] float32 or None
     out_stride,
     lse_stride,
     q_stride,
@@ -226,6 +231,7 @@ def tree_part_kernel(
     masks_stride,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SCALES: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -233,6 +239,7 @@ def tree_part_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    SECOND_WORD: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Grid: (row_tiles, num_reqs * Hkv). Keys of the tree, joined with the context's part."""
@@ -250,9 +257,15 @@ def tree_part_kernel(
     head_offsets = heads[:, None] * HEAD_SIZE + dims[None, :]
     if CHAINED:
         gdc_wait()
-    q_tile = tl.load(q + tokens[:, None] * q_stride + head_offsets, mask=is_stored, other=0.0)
+    q_ptrs = q + tokens[:, None] * q_stride + head_offsets
+    q_tile = tl.load(q_ptrs, mask=is_stored, other=0.0).to(out.dtype.element_ty)
+    qk_scale = SCALE
+    if k_scale is not None:
+        qk_scale = SCALE * tl.load(k_scale + kv_head % SCALES)
+    if q_scale is not None:
+        qk_scale = qk_scale * tl.load(q_scale + kv_head % SCALES)
     masks_row = tree_masks + req.to(tl.int64) * masks_stride
-    words = tl.load(masks_row + rows, mask=is_row, other=1)
+    words, high_words, depths = row_masks(masks_row, rows, is_row, 0, SECOND_WORD)
     k_head = k_cache + kv_head.to(tl.int64) * head_stride
     v_head = v_cache + kv_head.to(tl.int64) * head_stride
     table_row = block_table + req.to(tl.int64) * table_stride
@@ -262,13 +275,15 @@ def tree_part_kernel(
     acc = tl.zeros([BLOCK_ROWS, PADDED_HEAD], tl.float32)
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    depths = tl.zeros([BLOCK_ROWS], tl.int32)
     for low in range(context, seq_len, BLOCK_KEYS):
         acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q_tile, words, depths, low, k_head, v_head, table_row,
-            masks_row, context, context, seq_len, SCALE, block_stride, slot_stride, False, SOFT_CAP,
-            0, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS,
+            acc, row_max, row_sum, q_tile, words, high_words, depths, low, k_head, v_head,
+            table_row, masks_row, context, context, seq_len, qk_scale, block_stride,
+            slot_stride, False, SOFT_CAP, 0, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS,
+            SECOND_WORD,
         )  # fmt: skip
+    if v_scale is not None:  # the context's part has been multiplied already
+        acc = acc * tl.load(v_scale + kv_head % SCALES)
     # Nothing can be said of rows without a context: FlashAttention leaves +inf or -inf there.
     row_lse = tl.where(context > 0, row_lse * LOG2_E, float("-inf"))
     new_max = tl.maximum(row_max, row_lse)

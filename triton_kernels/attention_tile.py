@@ -14,6 +14,27 @@ def popcount(words):
 
 
 @triton.jit
+def row_masks(
+    masks_row,  # [W] int64, this request's words
+    rows,  # [BLOCK_ROWS] int32
+    is_row,  # [BLOCK_ROWS] bool
+    WINDOW: tl.constexpr,
+    SECOND_WORD: tl.constexpr,  # distance of a row's second word, 0: there is none
+):
+    """Words, second words and depths of rows; what nobody reads is not loaded."""
+    words = tl.load(masks_row + rows, mask=is_row, other=1)
+    high_words = words
+    if SECOND_WORD > 0:
+        high_words = tl.load(masks_row + SECOND_WORD + rows, mask=is_row, other=0)
+    depths = tl.zeros(rows.shape, tl.int32)
+    if WINDOW > 0:
+        depths = popcount(words) - 1
+        if SECOND_WORD > 0:
+            depths += popcount(high_words)
+    return words, high_words, depths
+
+
+@triton.jit
 def program_rows(
     query_start_loc,  # [>= num_reqs + 1] int32
     seq_lens,  # [>= num_reqs] int32
@@ -96,20 +117,29 @@ def key_offsets(
 def tail_visibility(
     masks_row,  # [W] int64, this request's words
     words,  # [BLOCK_ROWS] int64, the word of each row
+    high_words,  # [BLOCK_ROWS] int64, its second word, if there is one
     depths,  # [BLOCK_ROWS] int32, 0 if WINDOW == 0
     keys,  # [BLOCK_KEYS] int32
     context,
     seq_len,
     WINDOW: tl.constexpr,
+    SECOND_WORD: tl.constexpr,
 ):
     """[BLOCK_ROWS, BLOCK_KEYS]: context keys as a whole, tree keys by bit (and depth)."""
     node = keys - context
     is_node = (node >= 0) & (keys < seq_len)
-    bit = tl.minimum(tl.maximum(node, 0), 63).to(tl.int64)
-    is_ancestor = ((words[:, None] >> bit[None, :]) & 1) != 0
+    if SECOND_WORD > 0:
+        row_words = tl.where((node < 64)[None, :], words[:, None], high_words[:, None])
+        is_ancestor = ((row_words >> (node & 63).to(tl.int64)[None, :]) & 1) != 0
+    else:
+        bit = tl.minimum(tl.maximum(node, 0), 63).to(tl.int64)
+        is_ancestor = ((words[:, None] >> bit[None, :]) & 1) != 0
     if WINDOW > 0:
         node_words = tl.load(masks_row + node, mask=is_node, other=1)
         node_depth = popcount(node_words) - 1
+        if SECOND_WORD > 0:
+            node_words = tl.load(masks_row + SECOND_WORD + node, mask=is_node, other=0)
+            node_depth += popcount(node_words)
         is_ancestor = is_ancestor & (depths[:, None] - node_depth[None, :] < WINDOW)
     is_context = (node < 0)[None, :]
     if WINDOW > 0:
@@ -124,6 +154,7 @@ def attend_tile(
     row_sum,  # [BLOCK_ROWS] float32
     q_tile,  # [BLOCK_ROWS, PADDED_HEAD]
     words,  # [BLOCK_ROWS] int64
+    high_words,  # [BLOCK_ROWS] int64, rows 64 and up; read if SECOND_WORD > 0
     depths,  # [BLOCK_ROWS] int32
     low,  # first key of the tile
     k_head,  # cache + this head's offset
@@ -143,6 +174,7 @@ def attend_tile(
     PADDED_HEAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    SECOND_WORD: tl.constexpr,
 ):
     """Online softmax step over one tile of keys.
 
@@ -174,10 +206,14 @@ def attend_tile(
         to_log2 = LOG2_E
     if WINDOW > 0:
         # Without a branch: it would hold loads, which Triton's pipeliner cannot move.
-        visible = tail_visibility(masks_row, words, depths, keys, context, seq_len, WINDOW)
+        visible = tail_visibility(
+            masks_row, words, high_words, depths, keys, context, seq_len, WINDOW, SECOND_WORD
+        )
         scores = tl.where(visible, scores, float("-inf"))
     elif low + BLOCK_KEYS > context:  # holds keys of the tree
-        visible = tail_visibility(masks_row, words, depths, keys, context, seq_len, WINDOW)
+        visible = tail_visibility(
+            masks_row, words, high_words, depths, keys, context, seq_len, WINDOW, SECOND_WORD
+        )
         scores = tl.where(visible, scores, float("-inf"))
 
     # Maximum before scaling (the scale is positive): scaling and subtraction are one FMA.

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
-# One row of a token tree is one bit of a 64-bit ancestor word, so a request has at
-# most a root and 63 nodes.
-MAX_TREE_ROWS = 64
+# One row of a token tree is one bit of its ancestor masks, which are one or two 64-bit words:
+# a request has at most a root and 127 nodes.
+WORD_BITS = 64
+MAX_TREE_ROWS = 2 * WORD_BITS
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def require(condition: bool, name: str, found: Any, expected: str) -> None:
@@ -21,6 +24,20 @@ def require(condition: bool, name: str, found: Any, expected: str) -> None:
 def at_least(size: int) -> int | None:
     """A size for :func:`check_tensor` that accepts `size` or more."""
     return -size or None
+
+
+def num_words(num_rows: int) -> int:
+    """Words of a mask over so many rows.
+
+    Where it is more than one, the words are an axis behind the requests: ancestor masks are
+    ``[.., 2, W]``, path masks ``[.., 2]``.
+    """
+    return -(-num_rows // WORD_BITS)
+
+
+def word_axis(num_rows: int) -> list[int]:
+    """The axis of a mask's words: none where there is only one."""
+    return [] if num_rows <= WORD_BITS else [num_words(num_rows)]
 
 
 def check_tensor(
@@ -91,15 +108,29 @@ def check_scatter_tree(
     check_tensor("positions", positions, shape=[None], dtype=torch.int64, device=device)
     check_tensor("depths", depths, shape=[None, None], dtype=torch.int32, device=device)
     width = depths.shape[1]
-    require(1 <= width <= MAX_TREE_ROWS, "depths", f"{width} columns", "1..64 columns")
+    found, expected = f"{width} columns", f"1..{MAX_TREE_ROWS} columns"
+    require(1 <= width <= MAX_TREE_ROWS, "depths", found, expected)
+    words = word_axis(width)
     for name, tensor, shape, dtype in (
-        ("masks", masks, [depths.shape[0], width], torch.int64),
-        ("step_masks", step_masks, [at_least(num_tree_reqs), width], torch.int64),
+        ("masks", masks, [depths.shape[0], *words, width], torch.int64),
+        ("step_masks", step_masks, [at_least(num_tree_reqs), *words, width], torch.int64),
         ("query_start_loc", query_start_loc, [at_least(num_tree_reqs + 1)], torch.int32),
         ("cu_num_logits", cu_num_logits, [at_least(num_tree_reqs + 1)], torch.int32),
         ("idx_mapping", idx_mapping, [at_least(num_tree_reqs)], (torch.int64, torch.int32)),
     ):
         check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
+    for name, tensor in (("masks", masks), ("step_masks", step_masks)) if words else ():
+        check_dense_words(name, tensor, width)
+
+
+def _has_axes(tensor: Any, count: int) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.dim() == count
+
+
+def check_dense_words(name: str, tensor: torch.Tensor, size: int) -> None:
+    """Raise ValueError unless the words of a request's masks, `size` each, lie side by side."""
+    found = f"strides {list(tensor.stride())}"
+    require(tensor.stride(1) == size, name, found, f"dense words of {size}")
 
 
 def check_compact_kv(
@@ -132,9 +163,12 @@ def check_compact_kv(
         ("block_table", block_table, [None, None], torch.int32),
         ("idx_mapping", idx_mapping, [at_least(num_reqs)], integers),
         ("root_positions", root_positions, [at_least(num_reqs)], integers),
-        ("path_masks", path_masks, [at_least(num_reqs)], torch.int64),
     ):
         check_tensor(name, tensor, shape=shape, dtype=dtypes, device=device)
+    shape = [at_least(num_reqs), *([2] if _has_axes(path_masks, 2) else [])]
+    check_tensor("path_masks", path_masks, shape=shape, dtype=torch.int64, device=device)
+    found = f"strides {list(path_masks.stride())}"
+    require(path_masks.is_contiguous(), "path_masks", found, "a dense tensor")
 
 
 def check_tree_attention(
@@ -156,17 +190,20 @@ def check_tree_attention(
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    q_scale: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``tree_attention`` documents."""
     device, floats = q.device, (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    check_tensor("q", q, shape=[None, None, None], dtype=floats, device=device)
+    dtypes = (*floats, *FLOAT8)
+    check_tensor("q", q, shape=[None, None, None], dtype=dtypes, device=device)
+    computed = floats if q.dtype in FLOAT8 else (q.dtype,)
     _, num_heads, head_size = q.shape
     require(16 <= head_size <= 256, "q", f"head size {head_size}", "a head size of 16..256")
-    for name, tensor in (("q", q), ("out", out)):
-        check_tensor(name, tensor, shape=q.shape, dtype=q.dtype, device=device)
+    for name, tensor, accepted in (("q", q, dtypes), ("out", out, computed)):
+        check_tensor(name, tensor, shape=q.shape, dtype=accepted, device=device)
         found = tensor.stride(1)
         require(found == head_size, name, f"head stride {found}", f"dense heads ({head_size})")
-    cached = (q.dtype, torch.float8_e4m3fn, torch.float8_e5m2)
+    cached = (out.dtype, *FLOAT8)
     cache_shape = [None, None, None, head_size]
     check_tensor("k_cache", k_cache, shape=cache_shape, dtype=cached, device=device)
     check_tensor("v_cache", v_cache, shape=k_cache.shape, dtype=k_cache.dtype, device=device)
@@ -182,19 +219,25 @@ def check_tree_attention(
     ):  # fmt: skip
         require(number >= low, name, number, f"at least {low}")
     require(scale > 0, "scale", scale, "a positive number")
-    require(max_query_len <= MAX_TREE_ROWS, "max_query_len", max_query_len, "at most 64")
+    words = [2] if _has_axes(tree_masks, 3) else []
+    most = MAX_TREE_ROWS if words else WORD_BITS
+    expected = f"at most {most}" + ("" if words else "; masks of more rows are [.., 2, W]")
+    require(max_query_len <= most, "max_query_len", max_query_len, expected)
+    mask_shape = [at_least(num_reqs), *words, at_least(max_query_len)]
     for name, tensor, shape, dtype in (
         ("block_table", block_table, [at_least(num_reqs), None], torch.int32),
         ("query_start_loc", query_start_loc, [at_least(num_reqs + 1)], torch.int32),
         ("seq_lens", seq_lens, [at_least(num_reqs)], torch.int32),
-        ("tree_masks", tree_masks, [at_least(num_reqs), at_least(max_query_len)], torch.int64),
+        ("tree_masks", tree_masks, mask_shape, torch.int64),
     ):
         check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
     if sinks is not None:
         check_tensor("sinks", sinks, shape=[num_heads], dtype=floats, device=device)
-    for name, factors in (("k_scale", k_scale), ("v_scale", v_scale)):
+    counts = {1, kv_heads}
+    for name, factors in (("k_scale", k_scale), ("v_scale", v_scale), ("q_scale", q_scale)):
         if factors is not None:
             shape = [None] * factors.dim()
             check_tensor(name, factors, shape=shape, dtype=torch.float32, device=device)
-            count = factors.numel()
-            require(count in (1, kv_heads), name, f"{count} elements", f"1 or {kv_heads}")
+            found, expected = f"{factors.numel()} elements", " or ".join(map(str, sorted(counts)))
+            require(factors.numel() in counts, name, found, expected)
+            counts = {factors.numel()}  # one stride serves them all

@@ -10,7 +10,10 @@ from .tree_types import Candidates, FixedTree, TreeTables
 
 # Groups of one row that the merging program holds at once: 4096 of them are 524,288 tokens.
 MAX_GROUPS = 4096
-MAX_TOP = 64
+MAX_TOP = 128
+MAX_NODES = MAX_TREE_ROWS - 1  # the root is drawn by the target
+# Nodes of a tree that is chosen on the device: its masks have one word.
+MAX_CHOSEN_NODES = 63
 # Candidates that the program of a request holds at once; their counts share an int32.
 MAX_CANDIDATES = 4096
 
@@ -33,7 +36,7 @@ def check_draft_tree(
     require(1 <= num_top <= low, "num_top", num_top, f"1..{low} (vocabulary, kernel)")
     check_tensor("node_columns", node_columns, shape=[None], dtype=torch.int64, device=device)
     nodes = node_columns.shape[0]
-    require(1 <= nodes <= MAX_TREE_ROWS, "node_columns", f"{nodes} nodes", "1..64 nodes")
+    require(1 <= nodes <= MAX_NODES, "node_columns", f"{nodes} nodes", f"1..{MAX_NODES} nodes")
     shape = [at_least(num_reqs), nodes]
     check_tensor("out", out, shape=shape, dtype=torch.int64, device=device)
     if workspace is not None:
@@ -85,7 +88,7 @@ def check_best_tree(
     reqs = at_least(slots.shape[0])
     check_tensor("out", out, shape=[reqs, None], dtype=torch.int64, device=device)
     nodes = out.shape[1]
-    most = MAX_TREE_ROWS - 1
+    most = MAX_CHOSEN_NODES
     require(1 <= nodes <= most, "out", f"{nodes} nodes", f"1..{most} nodes")
     _check_contiguous("tokens", tokens, [reqs, None, None], torch.int64, device)
     shape = [reqs, *tokens.shape[1:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import MAX_TREE_ROWS, at_least, check_tensor, require
+from .checks import MAX_TREE_ROWS, at_least, check_tensor, require, word_axis
 from .walk_types import RequestState, WalkOutput
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +42,6 @@ def check_tree_walk(
         ("out.tokens", out.tokens, [at_least(num_reqs), None], torch.int64),
         ("out.num_sampled", out.num_sampled, reqs, torch.int32),
         ("out.num_rejected", out.num_rejected, reqs, torch.int32),
-        ("out.path_masks", out.path_masks, reqs, torch.int64),
         ("out.root_positions", out.root_positions, reqs, torch.int64),
         ("out.last_rows", out.last_rows, reqs, torch.int64),
     ]
@@ -53,7 +52,12 @@ def check_tree_walk(
     for name, tensor, shape, dtype in checks:
         check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
     width = parents.shape[1]
-    require(1 <= width <= MAX_TREE_ROWS, "parents", f"{width} columns", "1..64 columns")
+    found, expected = f"{width} columns", f"1..{MAX_TREE_ROWS} columns"
+    require(1 <= width <= MAX_TREE_ROWS, "parents", found, expected)
+    shape = [*reqs, *word_axis(width)]
+    check_tensor("out.path_masks", out.path_masks, shape=shape, dtype=torch.int64, device=device)
+    strides = f"strides {list(out.path_masks.stride())}"
+    require(out.path_masks.is_contiguous(), "out.path_masks", strides, "a dense tensor")
     columns = out.tokens.shape[1]
     require(1 <= columns <= width, "out.tokens", f"{columns} columns", f"1..{width} (parents)")
     _check_hidden(out.hidden, hidden_states, num_reqs, num_logits, device)

@@ -178,9 +178,9 @@ def draft_tree(
         ``[R, K, V]`` bfloat16, float16 or float32, any strides but a dense last dimension; the
         heads' vocabulary, V <= 524288.
     node_columns : torch.Tensor
-        ``[N]`` int64. Node -> ``head * num_top + rank``, N <= 64.
+        ``[N]`` int64. Node -> ``head * num_top + rank``, N <= 127.
     num_top : int
-        Largest number of ranks of a head, at most 64.
+        Largest number of ranks of a head, at most 128.
     token_map : torch.Tensor, optional
         ``[1 or K, V]`` int64. Heads' vocabulary id -> base vocabulary id.
     workspace : DraftWorkspace, optional

@@ -29,13 +29,14 @@ def _compact_kv_kernel(
     block_table,  # in [max_num_reqs, max_blocks] int32
     idx_mapping,  # in [R] int64, batch row -> row of `block_table`, negative: skip
     root_positions,  # in [R] int64, KV position of the root row
-    path_masks,  # in [R] int64, bit b: row b is accepted
+    path_masks,  # in [R] or [R, NUM_WORDS] int64, bit b: row b is accepted
     table_stride,
     block_stride,
     slot_stride,
     head_stride,
     row_words,
     WORD: tl.constexpr,
+    NUM_WORDS: tl.constexpr,  # of a path mask
     BLOCK_SIZE: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # of every row in bytes, 16 or the word's size
     CHUNKS: tl.constexpr,  # column chunks of one (slot, head) row
@@ -56,12 +57,20 @@ def _compact_kv_kernel(
     """
     req = tl.program_id(2)
     # All four at once, before the branch: one round trip to memory instead of two.
-    path = tl.load(path_masks + req).to(tl.uint64, bitcast=True)
+    path = tl.load(path_masks + req * NUM_WORDS).to(tl.uint64, bitcast=True)
+    high_path = path
+    if NUM_WORDS > 1:
+        high_path = tl.load(path_masks + req * NUM_WORDS + 1).to(tl.uint64, bitcast=True)
     idx = tl.load(idx_mapping + req).to(tl.int64)
     root = tl.load(root_positions + req).to(tl.int64)
     base = tl.load(layer_ptrs + tl.program_id(1)).to(tl.pointer_type(WORD))
     # Contiguous low bits: every accepted row already sits in its place.
-    if ((path & (path + 1)) == 0) | (idx < 0):
+    in_place = (path & (path + 1)) == 0
+    if NUM_WORDS > 1:
+        # The second word's bits only follow on the first's if that is full.
+        is_full = path + 1 == 0
+        in_place &= ((high_path & (high_path + 1)) == 0) & (is_full | (high_path == 0))
+    if in_place | (idx < 0):
         return
 
     head = (tl.program_id(0) // CHUNKS).to(tl.int64)
@@ -70,8 +79,12 @@ def _compact_kv_kernel(
     base = tl.multiple_of(base + head * head_stride, ALIGNMENT)
     table_row = block_table + idx * table_stride
 
-    bits = tl.arange(0, 64)
-    is_set = ((path >> bits.to(tl.uint64)) & 1).to(tl.int32)
+    bits = tl.arange(0, 64 * NUM_WORDS)
+    if NUM_WORDS > 1:
+        words = tl.where(bits < 64, path, high_path)
+        is_set = ((words >> (bits & 63).to(tl.uint64)) & 1).to(tl.int32)
+    else:
+        is_set = ((path >> bits.to(tl.uint64)) & 1).to(tl.int32)
     order = tl.cumsum(is_set, 0) - 1  # row -> how many accepted rows precede it
     num_rows = tl.sum(is_set)
     for first in range(1, num_rows, MOVES):
@@ -129,7 +142,8 @@ def compact_kv(
     root_positions : torch.Tensor
         ``[>= num_reqs]`` int64 or int32. KV position of each request's root row.
     path_masks : torch.Tensor
-        ``[>= num_reqs]`` int64. Bit 0 is the root and has to be set, or the mask is 0 (skip).
+        ``[>= num_reqs]`` int64, or ``[>= num_reqs, 2]`` for trees of more than 64 rows: bits of
+        rows 0..63, then of 64..127. Bit 0 is the root and has to be set, or all are 0 (skip).
     num_reqs, block_size, num_kv_heads : int
         Requests of the batch; KV slots of a block; heads that are moved.
     block_stride, slot_stride, head_stride, row_elems : int
@@ -160,7 +174,7 @@ def compact_kv(
     _compact_kv_kernel[(num_kv_heads * chunks, num_layers, num_reqs)](
         layer_ptrs, block_table, idx_mapping, root_positions, path_masks,
         block_table.stride(0), block_stride, slot_stride, head_stride, row_elems,
-        WORD=_TL_WORDS[dtype.itemsize], BLOCK_SIZE=block_size,
+        WORD=_TL_WORDS[dtype.itemsize], NUM_WORDS=path_masks.dim(), BLOCK_SIZE=block_size,
         ALIGNMENT=alignment or dtype.itemsize, CHUNKS=chunks, BLOCK=block,
         MOVES=_MOVES_PER_PASS, num_warps=4,
     )  # fmt: skip
@@ -198,7 +212,7 @@ class KVCompactor:
         block_table: torch.Tensor,  # [max_num_reqs, max_blocks] int32
         idx_mapping: torch.Tensor,  # [>= num_reqs] int64, negative: skip
         root_positions: torch.Tensor,  # [>= num_reqs] int64
-        path_masks: torch.Tensor,  # [>= num_reqs] int64
+        path_masks: torch.Tensor,  # [>= num_reqs] or [>= num_reqs, 2] int64
         *,
         num_reqs: int | None = None,  # default: all of idx_mapping
     ) -> None:

@@ -33,12 +33,12 @@ __all__ = [
 
 def scatter_tree(
     positions: torch.Tensor,  # [num_tokens] int64, in place
-    step_masks: torch.Tensor,  # [>= num_tree_reqs, W] int64, out
+    step_masks: torch.Tensor,  # [>= num_tree_reqs, (2,) W] int64, out
     query_start_loc: torch.Tensor,  # [>= num_tree_reqs + 1] int32
     cu_num_logits: torch.Tensor,  # [>= num_tree_reqs + 1] int32
     idx_mapping: torch.Tensor,  # [>= num_tree_reqs] int64
     depths: torch.Tensor,  # [max_num_reqs, W] int32
-    masks: torch.Tensor,  # [max_num_reqs, W] int64
+    masks: torch.Tensor,  # [max_num_reqs, (2,) W] int64
     num_tree_reqs: int,
 ) -> None:
     """Twin of :func:`vllm_medusa.triton_kernels.scatter.scatter_tree`."""
@@ -58,7 +58,7 @@ def scatter_tree(
         step_masks[r] = masks[idx]
 
 
-def _moves(root: int, path_mask: int) -> list[tuple[int, int]]:
+def _moves(root: int, path_mask: int | list[int]) -> list[tuple[int, int]]:
     """(source, target) KV positions of one request, in the order they have to be made."""
     rows = path_rows(path_mask)
     return [(root + rows[j], root + j) for j in range(1, len(rows)) if rows[j] != j]
@@ -69,7 +69,7 @@ def compact_kv(
     block_table: torch.Tensor,  # [max_num_reqs, max_blocks] int32
     idx_mapping: torch.Tensor,  # [>= num_reqs] int64, negative: skip
     root_positions: torch.Tensor,  # [>= num_reqs] int64
-    path_masks: torch.Tensor,  # [>= num_reqs] int64
+    path_masks: torch.Tensor,  # [>= num_reqs] or [>= num_reqs, 2] int64
     *,
     num_reqs: int,
     block_size: int,
@@ -128,7 +128,7 @@ class KVCompactor:
         block_table: torch.Tensor,  # [max_num_reqs, max_blocks] int32
         idx_mapping: torch.Tensor,  # [>= num_reqs] int64, negative: skip
         root_positions: torch.Tensor,  # [>= num_reqs] int64
-        path_masks: torch.Tensor,  # [>= num_reqs] int64
+        path_masks: torch.Tensor,  # [>= num_reqs] or [>= num_reqs, 2] int64
         *,
         num_reqs: int | None = None,  # default: all of idx_mapping
     ) -> None:

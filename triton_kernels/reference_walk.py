@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from .checks import WORD_BITS
 from .checks_walk import check_tree_walk
 from .walk_types import RequestState, WalkOutput
 
 
-def path_rows(path_mask: int) -> list[int]:
-    """Rows of a path mask in ascending order: ``0b1101`` (or its int64 bits) -> ``[0, 2, 3]``."""
-    return [row for row in range(64) if path_mask >> row & 1]
+def path_rows(path_mask: int | Sequence[int]) -> list[int]:
+    """Rows of a path mask, one word or several, in ascending order.
+
+    Examples
+    --------
+    >>> path_rows(0b1101), path_rows([0b1, 0b10])
+    ([0, 2, 3], [0, 65])
+    """
+    words = [path_mask] if isinstance(path_mask, int) else path_mask
+    return [
+        WORD_BITS * index + bit
+        for index, word in enumerate(words)
+        for bit in range(WORD_BITS)
+        if word >> bit & 1
+    ]
 
 
 def tree_walk(
@@ -82,14 +97,16 @@ def _follow(parents: list[int], drafts: list[int], tokens: list[int], limit: int
 
 def _write_path(out: WalkOutput, r: int, path: list[int], tokens: list[int]) -> None:
     """Tokens of the path and, where they leave room, its mask behind them."""
+    num_words = 1 if out.path_masks.dim() == 1 else out.path_masks.shape[1]
     mask = sum(1 << row for row in path)
-    mask -= (mask >> 63) << 64  # as a signed word
+    words = [mask >> WORD_BITS * index & (1 << WORD_BITS) - 1 for index in range(num_words)]
+    words = [word - (word >> 63 << WORD_BITS) for word in words]  # as signed words
     columns = out.tokens.shape[1]
     row_tokens = [tokens[row] for row in path] + [-1] * (columns - len(path))
-    if len(path) < columns:
-        row_tokens[-1] = mask
+    if len(path) <= columns - num_words:
+        row_tokens[-num_words:] = words
     out.tokens[r] = torch.tensor(row_tokens[:columns], dtype=torch.int64)
-    out.path_masks[r] = mask
+    out.path_masks[r] = torch.tensor(words).view(out.path_masks.shape[1:])
 
 
 def _advance_request(state: RequestState, idx: int, tokens: list[int], num_computed: int) -> None:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_runnable
+from .checks import check_runnable, num_words
 from .checks_walk import check_tree_walk
 from .walk_types import RequestState, WalkOutput
 
@@ -50,6 +50,13 @@ def _follow_path(
 
 
 @triton.jit
+def _path_word(path, is_path, WORD: tl.constexpr):
+    """Bits of the path's rows 64 * WORD and up, int64."""
+    bit = tl.full([], 1, tl.int64) << (path & 63).to(tl.int64)
+    return tl.sum(tl.where(is_path & (path // 64 == WORD), bit, 0))
+
+
+@triton.jit
 def _advance_request(
     idx,  # int64, request slot
     is_request,  # otherwise nothing is touched
@@ -86,7 +93,7 @@ def _tree_walk_kernel(
     out_tokens,  # out [R, N+1] int64
     out_num_sampled,  # out [R] int32
     out_num_rejected,  # out [R] int32
-    out_path_masks,  # out [R] int64
+    out_path_masks,  # out [R] or [R, NUM_WORDS] int64
     out_root_positions,  # out [R] int64
     out_last_rows,  # out [R] int64
     out_flat_rows,  # out [num_logits] int64, or None
@@ -116,6 +123,7 @@ def _tree_walk_kernel(
     HIDDEN_BLOCK: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,  # N+1
     NUM_ROWS: tl.constexpr,  # W
+    NUM_WORDS: tl.constexpr,  # of a path mask: 1, or 2 for more than 64 rows
     PADDED_ROWS: tl.constexpr,
 ):
     """Grid: (R, chunks of a hidden row). One program owns one request, its rows in registers.
@@ -161,19 +169,27 @@ def _tree_walk_kernel(
         return
 
     length = tl.where(num_rows > 0, num_accepted + 1, 0)
-    on_path = tl.where(rows < length, tl.full([], 1, tl.int64) << path.to(tl.int64), 0)
-    path_mask = tl.sum(on_path)
-    # The last column carries the path to the other pipeline ranks whenever no token needs it.
-    packed = (rows == NUM_COLUMNS - 1) & (length < NUM_COLUMNS)
+    # The last columns carry the path to the other pipeline ranks whenever no token needs them.
+    packed = (rows == NUM_COLUMNS - NUM_WORDS) & (length <= NUM_COLUMNS - NUM_WORDS)
     out_row = out_tokens + req.to(tl.int64) * out_tokens_stride
-    column = tl.where(packed, path_mask, accepted.to(tl.int64))
+    if NUM_WORDS > 1:
+        path_mask = _path_word(path, rows < length, 0)
+        high_mask = _path_word(path, rows < length, 1)
+        packed_high = (rows == NUM_COLUMNS - 1) & (length <= NUM_COLUMNS - NUM_WORDS)
+        column = tl.where(packed_high, high_mask, accepted.to(tl.int64))
+        column = tl.where(packed, path_mask, column)
+        tl.store(out_path_masks + req * NUM_WORDS + 1, high_mask)
+    else:
+        on_path = tl.where(rows < length, tl.full([], 1, tl.int64) << path.to(tl.int64), 0)
+        path_mask = tl.sum(on_path)
+        column = tl.where(packed, path_mask, accepted.to(tl.int64))
     tl.store(out_row + rows, column, mask=rows < NUM_COLUMNS)
     in_prompt = seq_len < prompt_len
     num_sampled = tl.where(in_prompt, 0, length)
     num_rejected = tl.where(in_prompt, 0, num_rows - length)
     tl.store(out_num_sampled + req, num_sampled)
     tl.store(out_num_rejected + req, num_rejected)
-    tl.store(out_path_masks + req, path_mask)
+    tl.store(out_path_masks + req * NUM_WORDS, path_mask)
     tl.store(out_root_positions + req, root_position)
     tl.store(out_last_rows + req, start + current)
     if out_flat_rows is not None:
@@ -211,7 +227,8 @@ def tree_walk(
     ----------
     out : WalkOutput
         Outputs, see there; `flat_rows` and `hidden` are written where they are given.  `tokens` has
-        at most W columns, the last of which holds the path mask if no token is there.
+        at most W columns, the last of which holds the path mask if no token is there; for
+        W > 64 the last two hold its words.
     sampled : torch.Tensor
         ``[num_logits]`` int64. Token drawn by the target at each row, below 2^31.
     draft_tokens : torch.Tensor
@@ -227,7 +244,7 @@ def tree_walk(
         ``[R]`` int64 or int32. Batch row -> request slot; negative: no request (padding), only
         the root is accepted and no state is touched.
     parents : torch.Tensor
-        ``[max_num_reqs, W]`` int32. Row -> parent row, -1 at the root; W <= 64.
+        ``[max_num_reqs, W]`` int32. Row -> parent row, -1 at the root; W <= 128.
     prefill_len : torch.Tensor
         ``[max_num_reqs]`` int32. Prompt length.
     accept_limits : torch.Tensor, optional
@@ -258,13 +275,13 @@ def tree_walk(
         return
     hidden_size = 0 if hidden_states is None else hidden_states.shape[1]
     state = state or RequestState(None, None, None, None, None)
-    # 64 rows are two per lane of one warp: every reduction stays within the warp.
+    # 128 rows are four per lane of one warp: every reduction stays within the warp.
     _tree_walk_kernel[(num_reqs, max(1, triton.cdiv(hidden_size, _HIDDEN_PER_PROGRAM)))](
         *out, *state, *inputs, accept_limits, prefill_len, hidden_states,
         out.tokens.stride(0), _row_stride(out.hidden), _row_stride(state.all_token_ids),
         _row_stride(state.output_counts), parents.stride(0), _row_stride(hidden_states),
         HIDDEN_SIZE=hidden_size, HIDDEN_BLOCK=_HIDDEN_PER_PROGRAM,
-        NUM_COLUMNS=out.tokens.shape[1], NUM_ROWS=width,
+        NUM_COLUMNS=out.tokens.shape[1], NUM_ROWS=width, NUM_WORDS=num_words(width),
         PADDED_ROWS=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
 

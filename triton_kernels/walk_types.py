@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import word_axis
+
 
 class WalkOutput(NamedTuple):
     """Outputs of ``tree_walk`` for R requests with `num_logits` rows in all.
@@ -20,7 +22,8 @@ class WalkOutput(NamedTuple):
     tokens: torch.Tensor  # [>= R, N + 1] int64, drawn at the accepted rows, -1 behind; path mask
     num_sampled: torch.Tensor  # [>= R] int32
     num_rejected: torch.Tensor  # [>= R] int32
-    path_masks: torch.Tensor  # [>= R] int64, bit b: row b is on the accepted path
+    # [>= R] int64, bit b: row b is on the accepted path; [>= R, 2] for trees of more than 64 rows
+    path_masks: torch.Tensor
     root_positions: torch.Tensor  # [>= R] int64, position of the root row
     last_rows: torch.Tensor  # [>= R] int64, flat row that ends the path
     flat_rows: torch.Tensor | None = None  # [>= num_logits] int64, accepted rows first
@@ -28,9 +31,14 @@ class WalkOutput(NamedTuple):
 
     @classmethod
     def empty(
-        cls, num_reqs: int, num_logits: int, num_columns: int, device: torch.device
+        cls,
+        num_reqs: int,
+        num_logits: int,
+        num_columns: int,
+        device: torch.device,
+        num_rows: int | None = None,
     ) -> WalkOutput:
-        """Allocate everything but `hidden`."""
+        """Allocate everything but `hidden`; `num_rows` of a tree, if not `num_columns`."""
 
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -39,7 +47,7 @@ class WalkOutput(NamedTuple):
             tokens=empty(num_reqs, num_columns),
             num_sampled=empty(num_reqs, dtype=torch.int32),
             num_rejected=empty(num_reqs, dtype=torch.int32),
-            path_masks=empty(num_reqs),
+            path_masks=empty(num_reqs, *word_axis(num_rows or num_columns)),
             root_positions=empty(num_reqs),
             last_rows=empty(num_reqs),
             flat_rows=empty(num_logits),

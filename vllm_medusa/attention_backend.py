@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from vllm_medusa.float8_cache import cache_arguments
 from vllm_medusa.triton_kernels import tree_attention
 
 if TYPE_CHECKING:
@@ -190,16 +191,14 @@ class TreeAttentionImpl(FlashAttentionImpl):
             super().forward(
                 layer, query[tail], key[tail], value[tail], kv_cache, meta.rest, output[tail]
             )
-        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         tree_attention(
             output[: meta.num_tree_tokens].view(-1, self.num_heads, self.head_size),
             query[: meta.num_tree_tokens],
-            key_cache,
-            value_cache,
-            meta.block_table,
-            meta.query_start_loc,
-            meta.seq_lens,
-            meta.masks,
+            block_table=meta.block_table,
+            query_start_loc=meta.query_start_loc,
+            seq_lens=meta.seq_lens,
+            tree_masks=meta.masks,
+            **cache_arguments(self, layer, query, kv_cache),
             scale=self.scale,
             num_reqs=meta.num_tree_reqs,
             max_query_len=meta.max_query_len,

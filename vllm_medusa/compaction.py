@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from vllm_medusa.triton_kernels.checks import WORD_BITS
+
 
 class PathCompactor:
     """Moves accepted rows of every layer of every KV cache group.
@@ -55,25 +57,29 @@ class PathCompactor:
     def compact(
         self,
         idx_mapping: torch.Tensor,  # [num_reqs] int64, -1: skip
-        sampled_tokens: torch.Tensor,  # [num_reqs, num_columns] int64, last column: path mask
+        sampled_tokens: torch.Tensor,  # [num_reqs, num_columns] int64, path mask in the last ones
         num_sampled: torch.Tensor,  # [num_reqs] int32
         num_computed_tokens: torch.Tensor,  # [max_num_reqs] int32, already advanced
     ) -> None:
         """Move row ``root + path[j]`` to ``root + j`` for every request and layer.
 
         A path that fills all columns is a fully accepted chain: nothing moves, and
-        its last column is a token, not a mask.
+        its last column is a token, not a mask. Trees of two mask words, in the last two
+        columns, are too shallow for such a path.
         """
         slots = idx_mapping.clamp(min=0)
         roots = num_computed_tokens[slots] - num_sampled
-        path_masks = torch.where(num_sampled < self.num_columns, sampled_tokens[:, -1], 1)
+        if self.num_columns > WORD_BITS:
+            path_masks = sampled_tokens[:, -2:].contiguous()
+        else:
+            path_masks = torch.where(num_sampled < self.num_columns, sampled_tokens[:, -1], 1)
         self.move(idx_mapping, roots, path_masks)
 
     def move(
         self,
         idx_mapping: torch.Tensor,  # [num_reqs] int64, -1: skip
         root_positions: torch.Tensor,  # [num_reqs] int64 or int32
-        path_masks: torch.Tensor,  # [num_reqs] int64
+        path_masks: torch.Tensor,  # [num_reqs] or [num_reqs, 2] int64
     ) -> None:
         """The same where the walk's own outputs are at hand."""
         for block_table, move in self.groups:

@@ -127,6 +127,11 @@ SUPPORTED: tuple[Supported, ...] = (
         WORKS,
         "tests/integration/test_features.py::test_engines_one_after_another",
     ),
+    Supported(
+        "fp8 (e4m3) KV cache on a GPU",
+        "works; rounds as plain vLLM does, benchmarks/check_float8_cache.py compares answers",
+        "tests/kernels/test_tree_attention.py::test_float8_queries",
+    ),
     Supported("Llama, SmolLM3", WORKS, f"{_FAMILIES}[smollm3]"),
     Supported("Mistral, sliding window", WORKS, f"{_FAMILIES}[mistral]"),
     Supported("Qwen2, Qwen3", WORKS, f"{_FAMILIES}[qwen3]"),
@@ -157,7 +162,12 @@ def _recurrent(config: Any) -> bool:
 
 
 def _kv_cache_dtype(config: Any) -> bool:
-    return config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32")
+    dtype = config.cache_config.cache_dtype
+    if dtype in ("fp8", "fp8_e4m3"):
+        from vllm.platforms import current_platform
+
+        return not current_platform.is_cuda()
+    return dtype not in ("auto", "bfloat16", "float16", "float32")
 
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -231,8 +241,8 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.cache_config.kv_sharing_fast_prefill,
     ),
     Refusal(
-        "a quantised KV cache",
-        "tree attention over it is not tested yet; use kv_cache_dtype=auto",
+        "a quantised KV cache other than fp8_e4m3 on a GPU",
+        "nothing else is read by tree attention and FlashAttention alike; use kv_cache_dtype=auto",
         _kv_cache_dtype,
     ),
     Refusal(

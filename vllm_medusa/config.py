@@ -10,13 +10,13 @@ from typing import Any
 MEDUSA_METHOD = "medusa"
 MEDUSA_PREFIX = "medusa:"
 
-# One 64-bit word holds a row's ancestors, so a tree is the root and 63 nodes.
-MAX_TREE_NODES = 63
+# One or two 64-bit words hold a row's ancestors, so a tree is the root and at most 127 nodes.
+MAX_TREE_NODES = 127
 
 # An NVIDIA GPU verifies 64 rows of one request at almost the price of one. On a CPU a
 # calibrated tree is cut to what pays there (cpu_budget.py); this is for the others. The row
 # product takes 6 rows at once: on two Zen 3 cores 1 / 6 / 7 rows cost 9 / 10 / 17 ms.
-DEFAULT_NODE_BUDGET = {"cuda": MAX_TREE_NODES, "cpu": 5}
+DEFAULT_NODE_BUDGET = {"cuda": 63, "cpu": 5}
 
 # Rows that a step can verify beside reading the weights once: past about 256 an H100's
 # bf16 products cost more than the weights' way through memory (8B shape). Batches share

@@ -54,7 +54,7 @@ class CPUKVCompactor:
         block_table: torch.Tensor,  # [max_num_reqs, max_blocks] int32
         idx_mapping: torch.Tensor,  # [num_reqs] int64, row of block_table, -1: skip
         root_positions: torch.Tensor,  # [num_reqs] int64
-        path_masks: torch.Tensor,  # [num_reqs] int64
+        path_masks: torch.Tensor,  # [num_reqs] or [num_reqs, 2] int64
     ) -> None:
         """Move the row at ``root + b_j`` to ``root + j`` for the set bits ``b_j`` of the path.
 
@@ -65,7 +65,7 @@ class CPUKVCompactor:
             Row of ``block_table`` of each request; -1 leaves a request alone.
         root_positions : torch.Tensor, [num_reqs] int
             Position of each request's root row.
-        path_masks : torch.Tensor, [num_reqs] int64
+        path_masks : torch.Tensor, [num_reqs] int64, or [num_reqs, 2] for more than 64 rows
             Bit b: row b was accepted. Bit 0 is the root.
 
         Examples
@@ -111,9 +111,10 @@ def _moves(
     slots: np.ndarray, roots: np.ndarray, path_masks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Table row of each cache row that changes place [num_moves], its source and target [2, ..]."""
-    bits = ((path_masks[:, None] >> np.arange(64)) & 1).astype(bool)
+    words = path_masks.reshape(len(path_masks), -1, 1)
+    bits = ((words >> np.arange(64)) & 1).astype(bool).reshape(len(path_masks), -1)
     ranks = bits.cumsum(1) - 1
-    moved = bits & (ranks != np.arange(64)) & (slots >= 0)[:, None]
+    moved = bits & (ranks != np.arange(bits.shape[1])) & (slots >= 0)[:, None]
     requests, rows = moved.nonzero()
     if not len(requests):
         return None

@@ -107,11 +107,12 @@ inline Lanes exponential(Lanes x) {
   return p * (Lanes)power;  // the same bits
 }
 
-// Scores -> weights that sum to 1; the last columns are a tree, seen through `mask`.
-void softmax(float* scores, long keys, long rows_of_tree, uint64_t mask) {
+// Scores -> weights that sum to 1; the last columns are a tree, seen through a mask of words
+// that lie `distance` apart.
+void softmax(float* scores, long keys, long rows_of_tree, const uint64_t* mask, long distance) {
   const float infinity = std::numeric_limits<float>::infinity();
   for (long j = 0; j < rows_of_tree; j++)
-    if (!((mask >> j) & 1)) scores[keys - rows_of_tree + j] = -infinity;
+    if (!((mask[j / 64 * distance] >> j % 64) & 1)) scores[keys - rows_of_tree + j] = -infinity;
   const long padded = (keys + 7) / 8 * 8;
   for (long s = keys; s < padded; s++) scores[s] = -infinity;
   float most = -infinity;
@@ -147,8 +148,9 @@ struct TreeStep {
   const int32_t* starts;  // [requests + 1] first query row
   const int32_t* keys;    // [requests] keys, the tree's rows included
   const int32_t* table;   // [requests, table_stride] cache blocks
-  const uint64_t* masks;  // [requests, mask_stride] row -> visible rows of the tree
-  long requests, table_stride, mask_stride;
+  const uint64_t* masks;  // [requests, mask_stride] row -> visible rows of the tree, rows 64
+                          // and up `word_distance` further on
+  long requests, table_stride, mask_stride, word_distance;
   long kv_heads, group, size, block_slots;
 };
 
@@ -187,7 +189,7 @@ extern "C" void tree_rows_attention(const TreeStep* step, const float* query, lo
         }
         for (long m = 0; m < n; m++)
           softmax(scores + m * width, keys, tree,
-                  step->masks[r * step->mask_stride + (low + m) / group]);
+                  step->masks + r * step->mask_stride + (low + m) / group, step->word_distance);
         for (long s = 0; s < keys; s += slots) {
           const float* values = cache + table[s / slots] * block_stride + head * 2 * half + half;
           const long depth = keys - s < slots ? keys - s : slots;

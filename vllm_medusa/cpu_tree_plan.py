@@ -100,7 +100,7 @@ def plan_trees(
     num_rows: np.ndarray,  # [num_reqs] int
     seq_lens: np.ndarray,  # [num_reqs] int, context + rows
     block_table: torch.Tensor,  # [>= num_reqs, max_blocks] int32
-    masks: torch.Tensor,  # [>= num_reqs, W] int64
+    masks: torch.Tensor,  # [>= num_reqs, W] int64, or [>= num_reqs, 2, W]
     *,
     block_size: int,
     num_heads: int,
@@ -115,8 +115,8 @@ def plan_trees(
     seq_lens : numpy.ndarray, [num_reqs]
         Keys of each request, the rows included.
     block_table : torch.Tensor, [>= num_reqs, max_blocks] int32
-    masks : torch.Tensor, [>= num_reqs, W] int64
-        Bit j of word i: row i sees row j.
+    masks : torch.Tensor, [>= num_reqs, W] int64, or [>= num_reqs, 2, W] for W > 64
+        Bit j % 64 of word i in part j // 64: row i sees row j.
     block_size : int
         Slots of a cache block.
     num_heads : int
@@ -178,12 +178,14 @@ class _Request(NamedTuple):
 def _visible(
     num_rows: int,
     num_keys: int,
-    words: np.ndarray,  # [W] int64
+    words: np.ndarray,  # [W] or [2, W] int64
     block_size: int,
     sliding_window: int,
 ) -> _Request:
     context = num_keys - num_rows
-    bits = (words[:num_rows, None] >> np.arange(num_rows)) & 1
+    rows = np.arange(num_rows)
+    parts = words.reshape(-1, words.shape[-1])[rows // 64, :num_rows]  # [seen, seeing]
+    bits = (parts.T >> rows % 64) & 1
     depths = bits.sum(1) - 1
     first_key = max(0, context - sliding_window + 1) if sliding_window > 0 else 0
     first_block = first_key // block_size

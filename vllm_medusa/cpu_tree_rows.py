@@ -6,6 +6,8 @@ Covers float32 without sliding window, soft cap and sinks; the rest goes the way
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -22,8 +24,8 @@ class TreeStep:
     seq_lens : numpy.ndarray, [num_reqs] int32
         Keys of each request, its tree's rows included.
     block_table : numpy.ndarray, [>= num_reqs, max_blocks] int32
-    masks : numpy.ndarray, [>= num_reqs, W] int64
-        Bit j of word i: row i sees row j.
+    masks : numpy.ndarray, [>= num_reqs, W] int64, or [>= num_reqs, 2, W] for W > 64
+        Bit j % 64 of word i in part j // 64: row i sees row j.
     num_kv_heads, group, head_size, block_size : int
         ``group`` query heads read one KV head.
     """
@@ -54,7 +56,8 @@ class TreeStep:
         self.words = np.array(
             [
                 *(array.ctypes.data for array in self.arrays),
-                *(num_reqs, self.arrays[2].shape[1], self.arrays[3].shape[1]),
+                *(num_reqs, self.arrays[2].shape[1]),
+                *(math.prod(masks.shape[1:]), masks.shape[-1]),
                 *(num_kv_heads, group, head_size, block_size),
             ],
             dtype=np.int64,

@@ -217,7 +217,7 @@ class TokenTree:
 
     @cached_property
     def ancestor_masks(self) -> tuple[int, ...]:
-        """[num_rows] unsigned 64-bit words; bit j: row j is the row or an ancestor."""
+        """[num_rows] unsigned numbers; bit j: row j is the row or an ancestor."""
         masks = [1]
         for row, parent in enumerate(self.parents[1:], start=1):
             masks.append(masks[parent] | 1 << row)
@@ -231,8 +231,15 @@ class TokenTree:
         return path[::-1]
 
     def mask_words(self) -> np.ndarray:
-        """Return ``ancestor_masks`` as tensors store them: [num_rows] int64, same bits."""
-        return np.array(self.ancestor_masks, dtype=np.uint64).view(np.int64)
+        """Return ``ancestor_masks`` as tensors store them, in int64 words of the same bits.
+
+        [num_rows]; with more than 63 nodes [2, num_rows], bits 0..63 and then 64..127.
+        """
+        words = [
+            [mask >> first & 0xFFFF_FFFF_FFFF_FFFF for mask in self.ancestor_masks]
+            for first in range(0, self.num_rows, 64)
+        ]
+        return np.array(words if len(words) > 1 else words[0], dtype=np.uint64).view(np.int64)
 
     # -- use ----------------------------------------------------------------
 

@@ -21,13 +21,13 @@ class TreeBatch:
     ----------
     parents, depths : torch.Tensor, [max_num_reqs, W] int32
         Row -> parent row (-1 at the root), row -> depth; W = nodes + 1.
-    masks : torch.Tensor, [max_num_reqs, W] int64
-        Bit j of row i: row j is row i or one of its ancestors.
+    masks : torch.Tensor, [max_num_reqs, W] int64, or [max_num_reqs, 2, W] for W > 64
+        Bit j % 64 of row i's word j // 64: row j is row i or one of its ancestors.
     fixed_slots : torch.Tensor, [max_num_reqs] int32
         Not 0: the request in this slot keeps the start-up tree where others choose theirs.
     row_counts : tuple of int
         Rows that uniform decode batches have: W, and what the schedule cuts it to.
-    step_masks : torch.Tensor, [max_num_reqs, W] int64
+    step_masks : torch.Tensor, like ``masks``
         ``masks`` in batch order; what attention reads, also inside CUDA graphs.
     num_tree_reqs : int
         Leading requests of the batch whose query is a tree.
@@ -53,7 +53,7 @@ class TreeBatch:
 
         def table(row: Sequence[int] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
             one = torch.tensor(row, dtype=dtype, device=device)
-            return one.expand(max_num_reqs, -1).contiguous()
+            return one.expand(max_num_reqs, *one.shape).contiguous()
 
         self.parents = table(tree.parents, torch.int32)
         self.depths = table(tree.depths, torch.int32)

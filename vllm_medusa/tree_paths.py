@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, product
 from typing import Any
 
-# The root and 63 nodes fill one 64-bit word, the unit of every ancestor mask.
-MAX_NODES = 63
+# The root and 63 nodes fill one 64-bit word, the unit of every ancestor mask; kernels read two.
+MAX_NODES = 127
+# Output columns that no token of an accepted path needs carry its mask. A tree of two words
+# has to leave two of them, and heads are far fewer than this.
+ONE_WORD_NODES = 63
+MAX_DEPTH_OF_TWO_WORDS = 62
 
 TreePath = tuple[int, ...]
 
@@ -34,7 +38,7 @@ def parents_first(paths: tuple[TreePath, ...]) -> bool:
 
 
 def check_paths(paths: tuple[TreePath, ...]) -> None:
-    """Raise ValueError unless ``paths`` is a tree of 1..63 nodes, parents first."""
+    """Raise ValueError unless ``paths`` is a tree of 1..127 nodes, parents first."""
     if not paths:
         raise ValueError("tree: found no paths, expected at least one node such as [0]")
     known: set[TreePath] = set(paths)
@@ -65,8 +69,15 @@ def check_paths(paths: tuple[TreePath, ...]) -> None:
         seen.add(path)
     if len(paths) > MAX_NODES:
         raise ValueError(
-            f"tree: found {len(paths)} nodes, expected at most {MAX_NODES} (with the root one "
-            f"64-bit mask word); remove {list(paths[MAX_NODES])} and what follows it"
+            f"tree: found {len(paths)} nodes, expected at most {MAX_NODES} (with the root two "
+            f"64-bit mask words); remove {list(paths[MAX_NODES])} and what follows it"
+        )
+    depth = max(map(len, paths))
+    if len(paths) > ONE_WORD_NODES and depth > MAX_DEPTH_OF_TWO_WORDS:
+        raise ValueError(
+            f"tree: found {len(paths)} nodes and depth {depth}; a tree of more than "
+            f"{ONE_WORD_NODES} nodes is at most {MAX_DEPTH_OF_TWO_WORDS} deep, remove the deeper "
+            "paths"
         )
 
 

@@ -43,21 +43,28 @@ def score_rows(
     return Scores(own, (own.exp() > threshold[parents]) & (tokens >= 0))
 
 
+def mask_bits(
+    masks: torch.Tensor,  # [num_reqs, W] int64 words, or [num_reqs, 2, W]
+) -> torch.Tensor:
+    """``[num_reqs, W, W]`` bool: column j is row i or its ancestor."""
+    columns = torch.arange(masks.shape[-1], device=masks.device)
+    words = masks.unflatten(0, (-1, 1)) if masks.dim() == 2 else masks
+    return ((words[:, columns // 64].mT >> columns % 64) & 1).bool()
+
+
 def best_rows(
     log_probs: torch.Tensor,  # [num_reqs, W] float32, anything where not accepted
     accepted: torch.Tensor,  # [num_reqs, W] bool, root and missing rows false
-    masks: torch.Tensor,  # [num_reqs, W] int64, bit j of row i: j is i or its ancestor
+    above: torch.Tensor,  # [num_reqs, W, W] bool, column j is row i or its ancestor
     depths: torch.Tensor,  # [num_reqs, W] int32
 ) -> torch.Tensor:
     """Row that ends the longest path of accepted nodes, [num_reqs] int64; 0: only the root.
 
     Among paths of equal length the one with the largest sum of log probabilities.
     """
-    columns = torch.arange(masks.shape[1], device=masks.device)
-    bits = (accepted.long() << columns).sum(1, keepdim=True) | 1
-    reached = (masks & ~bits) == 0
-    # The root is no part of the sum, and a row that is not there is reached by no mask.
-    above = ((masks[:, :, None] >> columns) & 1).to(log_probs.dtype)
+    # The root always stands and is no part of the sum; a row that is not there reaches nothing.
+    stands = torch.cat([torch.ones_like(accepted[:, :1]), accepted[:, 1:]], 1)
+    reached = (stands[:, None, :] | ~above).all(-1)
     path_log_probs = (above * log_probs.masked_fill(~accepted, 0.0)[:, None, :]).sum(-1)
     reached_depths = depths.masked_fill(~reached, -1)
     longest = reached_depths == reached_depths.amax(1, keepdim=True)
@@ -126,7 +133,7 @@ class TypicalAcceptance:
         places = async_tensor_h2d(requests, device=drawn.device)
         own = slots[places]
         parents, depths = batch.parents[own].long(), batch.depths[own]
-        masks = batch.masks[own]
+        above = mask_bits(batch.masks[own])
         columns = torch.arange(batch.num_rows, device=drawn.device)
         starts = cu_rows[places].long()
         counts = cu_rows[places + 1].long() - starts
@@ -136,9 +143,9 @@ class TypicalAcceptance:
         scored = ((counts.cumsum(0) - counts)[:, None] + columns).where(real, 0)
         rows = (starts[:, None] + columns).where(real, 0)
         accepted = scores.accepted[scored] & nodes & ready[places, None]
-        best = best_rows(scores.log_probs[scored], accepted, masks, depths)[:, None]
+        best = best_rows(scores.log_probs[scored], accepted, above, depths)[:, None]
 
-        on_path = ((masks.gather(1, best) >> columns) & 1).bool()
+        on_path = above.take_along_dim(best[:, :, None], 1)[:, 0]
         chosen = nodes & on_path
         # One more row takes what is to go nowhere.
         parent_rows = (starts[:, None] + parents).where(chosen, num_logits)

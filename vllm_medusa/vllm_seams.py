@@ -32,6 +32,8 @@ gpu.model_runner.init_speculator                a name imported by the runner's
 cpu.model_runner.CPUModelRunner                 CPUWorker.init_device builds it inline
 DefaultModelState.prepare_inputs                computes M-RoPE positions behind the runner's
                                                 last hook, along the batch row
+Attention._q_scale, ._k_scale, ._v_scale        factors of a float8 cache; attention backends,
+                                                ours among them, are given the layer for them
 selector._cached_get_attn_backend               remembers the backend of an engine that ran
                                                 earlier in this process
 _custom_ops.cpu_attn_reshape_and_cache          writes known rows, to check at start-up that
@@ -288,6 +290,11 @@ def needs_triton_stand_in(vllm_config: Any, is_medusa: Callable[[Any], bool]) ->
     return (
         current_platform.is_cpu() and not HAS_TRITON and is_medusa(vllm_config.speculative_config)
     )
+
+
+def cache_scales(layer: Any) -> tuple[Any, Any, Any]:
+    """Factors of an attention layer's queries, keys and values, float32, one or one a KV head."""
+    return layer._q_scale, layer._k_scale, layer._v_scale
 
 
 def cpu_ops() -> Any:

@@ -47,8 +47,8 @@ CASES = {
     "too many heads": {
         "speculative_config": {"method": "medusa", "model": "HEADS", "num_heads": 9}
     },
-    "budget of 64": {
-        "speculative_config": {"method": "medusa", "model": "HEADS", "num_speculative_tokens": 64}
+    "budget of 128": {
+        "speculative_config": {"method": "medusa", "model": "HEADS", "num_speculative_tokens": 128}
     },
     "wrong hidden size": {"speculative_model": "medusa:NARROW"},
     "not a number": {"speculative_model": "medusa:NAN"},
@@ -67,7 +67,7 @@ REFUSED = {
     "too deep": ["depth 4", "3 heads"],
     "no parent": ["[0, 1]"],
     "too many heads": ["num_heads=9", "holds 3"],
-    "budget of 64": ["64", "1 to 63"],
+    "budget of 128": ["128", "1 to 127"],
     "wrong hidden size": ["hidden size 32", "64"],
     "not a number": ["NaN"],
     "own worker": ["my.Worker"],

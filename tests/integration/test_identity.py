@@ -24,6 +24,8 @@ TIGHT = {
 }
 SCHEDULE = [[1, 2, 30], [3, 6, 12], [7, 12, 5], [13, 20, 1], [21, 999, 0]]
 CUT_BY_BATCH = {"num_speculative_tokens": 30, "num_speculative_tokens_per_batch_size": SCHEDULE}
+# Ancestor masks of two words.
+WIDE_TREE = {"tree": [4, 4, 5], "num_speculative_tokens": 100}
 WIDE = {"max_num_seqs": 32, "enable_prefix_caching": True}
 
 
@@ -76,12 +78,13 @@ def plain_v2(tiny, run_job, seeded_batches) -> dict:
         ({}, WIDE, 4),
         ({"num_speculative_tokens": 63}, TIGHT, 4),
         (CUT_BY_BATCH, WIDE, 4),
+        (WIDE_TREE, TIGHT, 3),
         ({"tree": [4, 2, 1]}, TIGHT, 3),
         ({"tree": [[0], [0, 0], [0, 0, 0]]}, WIDE, 3),
         ({"tree": [[0]]}, WIDE, 3),
     ],
-    ids=["default", "63 nodes, preempted and chunked", "cut by batch size", "widths", "chain",
-         "one node"],
+    ids=["default", "63 nodes, preempted and chunked", "cut by batch size", "100 nodes", "widths",
+         "chain", "one node"],
 )  # fmt: skip
 def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, extra, limits, num_batches):
     engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, **extra)}
@@ -111,8 +114,9 @@ def test_seeded_sampling_equals_stock_v2_runner(tiny, run_job, seeded_batches, p
     [
         (WIDE, CUT_BY_BATCH),
         (TIGHT, {"num_speculative_tokens": 63}),
+        (WIDE, {**WIDE_TREE, "num_speculative_tokens_per_batch_size": [[1, 1, 100], [2, 99, 40]]}),
     ],
-    ids=["cut by batch size", "whole trees, tight"],
+    ids=["cut by batch size", "whole trees, tight", "100 nodes"],
 )
 def test_step_of_the_verification_graphs_equals_stock(
     tiny, run_job, batches, plain, seeded_batches, plain_v2, limits, extra

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from kernel_cases import ancestors_of, cumulated, depths_of, masks_of, padded_rows
+from kernel_cases import ancestors_of, cumulated, depths_of, mask_table, padded_rows
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class Case:
     block_size: int = 16
     dtype: torch.dtype = torch.float32
     cache_dtype: torch.dtype | None = None
+    query_dtype: torch.dtype | None = None
     head_first: bool = False  # memory order of the cache: heads before slots
     window: int = 0
     soft_cap: float = 0.0
     sinks: bool = False
-    scales: int = 0  # elements of k_scale and v_scale, 0 = none
+    scales: int = 0  # elements of k_scale, v_scale and q_scale, 0 = none
     num_splits: int | None = 1
     seed: int = 0
 
@@ -72,15 +73,15 @@ def build(case: Case, device: torch.device) -> dict:
     fused = torch.randn(
         num_tokens, num_heads + 2 * case.kv_heads, case.head_size, generator=generator
     )
-    fused = fused.to(case.dtype).to(device)
-    factors = [None, None]
+    fused = fused.to(case.query_dtype or case.dtype).to(device)
+    factors = [None, None, None]
     if case.scales:
         factors = [
-            (torch.rand(case.scales, generator=generator) + 0.5).to(device) for _ in range(2)
+            (torch.rand(case.scales, generator=generator) + 0.5).to(device) for _ in range(3)
         ]
     sinks = torch.randn(num_heads, generator=generator).to(device) if case.sinks else None
     k_cache, v_cache = cache.transpose(1, 2).split(case.head_size, -1)
-    masks = [masks_of(list(tree)) if tree else [] for tree in case.trees]
+    widest = max([*case.query_lens, 1])
     return {
         "out": torch.full((num_tokens, num_heads, case.head_size), float("nan"),
                           dtype=case.dtype, device=device),
@@ -93,16 +94,17 @@ def build(case: Case, device: torch.device) -> dict:
             [c + n for c, n in zip(case.contexts, case.query_lens, strict=True)],
             dtype=torch.int32,
         ).to(device),
-        "tree_masks": padded_rows(masks, max([*case.query_lens, 1]), -1, torch.int64).to(device),
+        "tree_masks": mask_table(list(case.trees), widest, -1).to(device),
         "scale": 1 / math.sqrt(case.head_size),
         "num_reqs": len(case.trees),
-        "max_query_len": max([*case.query_lens, 1]),
+        "max_query_len": widest,
         "max_seq_len": max(c + n for c, n in zip(case.contexts, case.query_lens, strict=True)),
         "sliding_window": case.window,
         "logit_soft_cap": case.soft_cap,
         "sinks": sinks,
         "k_scale": factors[0],
         "v_scale": factors[1],
+        "q_scale": factors[2],
         "num_splits": case.num_splits,
     }  # fmt: skip
 
@@ -139,7 +141,14 @@ def attention_over_context(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]
         blocks = exact["block_table"][r, keys // block_size].long()
         k, v = (exact[name][blocks, keys % block_size].repeat_interleave(group, 1)
                 for name in ("k_cache", "v_cache"))  # fmt: skip
+        factors = [exact[name] for name in ("k_scale", "v_scale", "q_scale")]
+        k_scale, v_scale, q_scale = (
+            1.0 if f is None else f.double().expand(q.shape[1] // group).repeat_interleave(group)
+            for f in factors
+        )
         scores = torch.einsum("nhd,shd->hns", q[rows], k) * exact["scale"]
+        scores = scores * torch.as_tensor(k_scale * q_scale).reshape(-1, 1, 1)
+        v = v * torch.as_tensor(v_scale).reshape(-1, 1)
         if cap := exact["logit_soft_cap"]:
             scores = cap * torch.tanh(scores / cap)
         out[rows] = torch.einsum("hns,shd->nhd", scores.softmax(2), v)
@@ -171,7 +180,7 @@ def attention_by_definition(case: Case, arguments: dict) -> torch.Tensor:
             blocks, slots = torch.tensor(places).T
             k, v = (exact[name][blocks, slots] for name in ("k_cache", "v_cache"))
             if case.scales:
-                k = k * exact["k_scale"].double()[:, None]
+                k = k * (exact["k_scale"].double() * exact["q_scale"].double())[:, None]
                 v = v * exact["v_scale"].double()[:, None]
             for head in range(exact["q"].shape[1]):
                 scores = k[:, head // case.group] @ exact["q"][start + row, head] * exact["scale"]

@@ -37,6 +37,12 @@ NAMED_TREES: dict[str, list[int]] = {
     "random-16": random_parents(random.Random(2), 16),  # one more
     "random-30": random_parents(random.Random(3), 30),  # 31 rows, one less than a power of two
     "random-63": random_parents(random.Random(4), 63),
+    # More rows than bits of a word: one more, all but one of two words, and all.
+    "random-64": random_parents(random.Random(5), 64),
+    "random-126": random_parents(random.Random(6), 126),
+    "chain-127": chain_parents(127),
+    "star-127": star_parents(127),
+    "full-127": binary_parents(127),
 }
 
 
@@ -55,17 +61,30 @@ def ancestors_of(parents: list[int], row: int) -> list[int]:
     return path[::-1]
 
 
-def signed_word(bits: int) -> int:
-    """The int64 whose bit pattern is `bits`."""
-    return bits - (1 << 64) if bits >> 63 else bits
+def signed_words(bits: int, count: int) -> list[int]:
+    """`count` int64 whose bit patterns, the lowest first, are those of `bits`."""
+    words = [bits >> 64 * index & (1 << 64) - 1 for index in range(count)]
+    return [word - (1 << 64) if word >> 63 else word for word in words]
 
 
-def masks_of(parents: list[int]) -> list[int]:
-    """Signed ancestor-or-self words."""
-    return [
-        signed_word(sum(1 << ancestor for ancestor in ancestors_of(parents, row)))
-        for row in range(len(parents))
-    ]
+def path_words(masks: list[int], num_rows: int) -> torch.Tensor:
+    """Path masks as ``[len(masks)]``, or ``[len(masks), 2]`` for more than 64 rows, int64."""
+    words = torch.tensor([signed_words(mask, 2) for mask in masks], dtype=torch.int64)
+    return words if num_rows > 64 else words[:, 0].contiguous()
+
+
+def mask_table(trees: list[list[int]], width: int, fill: int) -> torch.Tensor:
+    """Ancestor-or-self words ``[len(trees), width]``, or ``[.., 2, width]`` for more than 64 rows.
+
+    `fill` stands where a tree has no row, and in a whole row for the tree None.
+    """
+    count = 2 if width > 64 else 1
+    table = torch.full((len(trees), count, width), fill, dtype=torch.int64)
+    for index, parents in enumerate(trees):
+        for row in range(len(parents or [])):
+            mask = sum(1 << ancestor for ancestor in ancestors_of(parents, row))
+            table[index, :, row] = torch.tensor(signed_words(mask, count))
+    return table if count > 1 else table[:, 0].contiguous()
 
 
 def padded_rows(rows: list[list[int]], width: int, fill: int, dtype: torch.dtype) -> torch.Tensor:

@@ -39,7 +39,7 @@ def run(draft, logits, columns, num_top, device, token_map=None, **options):
 def check(logits, num_top, device, *, columns=None, token_map=None, **options):
     """Kernel and twin against the definition, to the bit."""
     num_heads = logits.shape[1]
-    columns = list(range(min(64, num_heads * num_top))) if columns is None else columns
+    columns = list(range(min(127, num_heads * num_top))) if columns is None else columns
     got = run(draft_tree, logits, columns, num_top, device, token_map, **options)
     twin = run(reference.draft_tree, logits, columns, num_top, "cpu", token_map)
     want = sorted_tokens(logits, num_top)
@@ -96,7 +96,7 @@ def test_vocabularies_around_groups_and_chunks(device, vocab, dtype):
     check(torch.randn(2, 2, vocab).to(dtype), min(vocab, 10), device)
 
 
-@pytest.mark.parametrize("num_top", [1, 2, 10, 16, 17, 64])
+@pytest.mark.parametrize("num_top", [1, 2, 10, 16, 17, 64, 128])
 def test_ranks_around_powers_of_two(device, num_top):
     check(torch.randn(1, 2, 1500), num_top, device)
 
@@ -133,9 +133,10 @@ def test_nodes_in_any_order_and_heads_of_few_ranks(device):
     check(torch.randn(3, 3, 700), 5, device, columns=[0, 6, 2, 14, 1, 0])
 
 
-def test_64_nodes(device):
-    columns = random.Random(1).sample(range(5 * 13), 64)
-    check(torch.randn(2, 5, 900), 13, device, columns=columns)
+@pytest.mark.parametrize("nodes", [63, 64, 65, 127])
+def test_nodes_around_powers_of_two(device, nodes):
+    columns = random.Random(1).sample(range(5 * 26), nodes)
+    check(torch.randn(2, 5, 900), 26, device, columns=columns)
 
 
 @pytest.mark.parametrize("num_maps", [1, 2], ids=["common", "each"])
@@ -178,7 +179,7 @@ def test_any_logits(device, seed, requests, heads, vocab, num_values, dtype):
     shape = (requests, heads, vocab)
     logits = (torch.randint(num_values, shape, generator=generator) - num_values // 2) / 7
     num_top = rng.randint(1, min(vocab, 12))
-    columns = [rng.randrange(heads * num_top) for _ in range(rng.randint(1, 64))]
+    columns = [rng.randrange(heads * num_top) for _ in range(rng.randint(1, 127))]
     check(logits.to(dtype), num_top, device, columns=columns)
 
 
@@ -220,10 +221,10 @@ BAD_ARGUMENTS = [
     ("logits", lambda a: a["logits"].double()),
     ("logits", lambda a: a["logits"].transpose(1, 2)),
     ("logits", lambda a: a["logits"][:, :0]),
-    ("node_columns", lambda a: a["node_columns"].repeat(22)),
+    ("node_columns", lambda a: a["node_columns"].repeat(43)),
     ("node_columns", lambda a: a["node_columns"][:0]),
     ("num_top", lambda _: 0),
-    ("num_top", lambda _: 65),
+    ("num_top", lambda _: 129),
     ("token_map", lambda a: a["token_map"][:, :9]),
     ("token_map", lambda a: a["token_map"].repeat(2, 1)),
 ]

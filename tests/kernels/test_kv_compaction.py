@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import signed_word
+from kernel_cases import path_words
 
 from vllm_medusa.triton_kernels import KVCompactor, compact_kv, reference
 from vllm_medusa.triton_kernels.kv_layout import group_layers
@@ -35,7 +35,7 @@ def random_path(rng, num_rows):
 def expected_slots(root, path_mask, num_slots):
     """Slot -> slot whose content it must hold afterwards (the definition, no move order)."""
     content = list(range(num_slots))
-    for j, b in enumerate(reference.path_rows(path_mask)):
+    for j, b in enumerate(b for b in range(128) if path_mask >> b & 1):
         content[root + j] = root + b
     return content
 
@@ -50,7 +50,9 @@ def to_device(cache, device):
     return copy.copy_(cache)
 
 
-def check_compaction(caches, tables, roots, masks, device, *, mapping=None, compactor=KVCompactor):
+def check_compaction(
+    caches, tables, roots, masks, device, *, mapping=None, compactor=KVCompactor, num_rows=64
+):
     """Run a compactor and compare every byte of every cache with the definition."""
     block_size = caches[0].shape[2]
     mapping = list(range(len(roots))) if mapping is None else mapping
@@ -59,7 +61,7 @@ def check_compaction(caches, tables, roots, masks, device, *, mapping=None, comp
         torch.tensor(tables, dtype=torch.int32, device=device),
         torch.tensor(mapping, dtype=torch.int64, device=device),
         torch.tensor(roots, dtype=torch.int64, device=device),
-        torch.tensor([signed_word(mask) for mask in masks], dtype=torch.int64, device=device),
+        path_words(masks, num_rows).to(device),
         num_reqs=len(roots),
     )
     for before, after in zip(caches, moved, strict=True):
@@ -125,6 +127,32 @@ def test_layouts_and_word_sizes(device, compactor, layout, dtype, row, block_siz
 def test_named_paths(device, name, mask):
     caches = [make_cache("block-slot-head", 9, 2, 16, 8, torch.int16, seed=3)]
     check_compaction(caches, [[8, 2, 5, 0, 7, 1]], [14], [mask], device)
+
+
+@pytest.mark.parametrize("compactor", [KVCompactor, reference.KVCompactor], ids=["kernel", "twin"])
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("root-only", 1),
+        ("first-word-in-place", (1 << 64) - 1),
+        ("both-words-in-place", (1 << 100) - 1),
+        ("all-128", (1 << 128) - 1),
+        ("last-row", 1 | 1 << 127),
+        ("second-word-behind-a-gap", 1 | 0b111 << 64),
+        ("gap-at-the-end-of-the-first-word", (1 << 63) - 1 | 1 << 64),
+        ("second-word-itself-broken", (1 << 64) - 1 | 0b10 << 64),
+        ("across-the-words", 1 | 0b1111 << 62),
+        ("every-other", sum(1 << b for b in range(0, 128, 2))),
+        ("only-the-first-word-moves", 0b100101),
+        ("empty", 0),
+    ],
+)
+def test_paths_of_two_words(device, compactor, name, mask):
+    caches = [make_cache("block-slot-head", 18, 2, 16, 8, torch.int16, seed=4)]
+    tables = distinct_tables(random.Random(name), 2, 9, 18)
+    check_compaction(
+        caches, tables, [14, 2], [mask, 0b101], device, compactor=compactor, num_rows=128
+    )
 
 
 def test_worked_example(device):
@@ -278,12 +306,12 @@ def test_sixteen_byte_loads_only_where_every_row_allows_them(row, offset, alignm
     layout=st.sampled_from(sorted(LAYOUTS)),
     block_size=st.sampled_from([16, 32, 48, 64]),
     row=st.integers(1, 40),
-    num_rows=st.integers(1, 64),
+    num_rows=st.integers(1, 128),
 )
 def test_any_layout_any_path(device, seed, layout, block_size, row, num_rows):
     rng = random.Random(seed)
     num_reqs = rng.randint(1, 3)
-    blocks_each = 128 // block_size + 2
+    blocks_each = 192 // block_size + 2
     cache = make_cache(
         layout, num_reqs * blocks_each, rng.randint(1, 3), block_size, row,
         rng.choice([torch.uint8, torch.int16, torch.int32]), seed=seed,
@@ -291,7 +319,7 @@ def test_any_layout_any_path(device, seed, layout, block_size, row, num_rows):
     tables = distinct_tables(rng, num_reqs, blocks_each, cache.shape[0])
     roots = [rng.randrange(64) for _ in range(num_reqs)]
     masks = [random_path(rng, num_rows) for _ in range(num_reqs)]
-    check_compaction([cache], tables, roots, masks, device)
+    check_compaction([cache], tables, roots, masks, device, num_rows=num_rows)
 
 
 def compact_arguments(cache, device):
@@ -331,6 +359,8 @@ def test_raw_launcher_equals_raw_twin(device, dtype):
         ("layer_ptrs", torch.zeros(1, dtype=torch.int32)),
         ("block_table", torch.zeros(1, 4, dtype=torch.int64)),
         ("path_masks", torch.zeros(0, dtype=torch.int64)),
+        ("path_masks", torch.zeros(1, 3, dtype=torch.int64)),
+        ("path_masks", torch.zeros(2, 4, dtype=torch.int64)[:, :2]),
         ("num_reqs", -1),
         ("row_elems", 0),
         ("dtype", torch.complex128),

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from kernel_cases import NAMED_TREES, cumulated, depths_of, masks_of, padded_rows, random_parents
+from kernel_cases import NAMED_TREES, cumulated, depths_of, mask_table, padded_rows, random_parents
 
 from vllm_medusa.triton_kernels import reference, scatter_tree
 
@@ -14,18 +14,19 @@ POISON = -77
 def make_inputs(trees, *, contexts, tree_rows, query_lens, idx_mapping, num_tree_reqs, width):
     """Linear positions from `contexts`; tables hold POISON wherever nothing may be read."""
     num_slots = max([*idx_mapping, 0]) + 2
-    depth_rows, mask_rows = [[POISON]] * num_slots, [[POISON]] * num_slots
+    depth_rows, table_trees = [[POISON]] * num_slots, [None] * num_slots
     for idx, parents in zip(idx_mapping, trees, strict=False):
-        depth_rows[idx], mask_rows[idx] = depths_of(parents), masks_of(parents)
+        depth_rows[idx], table_trees[idx] = depths_of(parents), parents
+    masks = mask_table(table_trees, width, POISON)
     positions = [c + i for c, n in zip(contexts, query_lens, strict=True) for i in range(n)]
     return {
         "positions": torch.tensor([*positions, POISON, POISON], dtype=torch.int64),
-        "step_masks": torch.full((len(trees) + 1, width), POISON, dtype=torch.int64),
+        "step_masks": torch.full((len(trees) + 1, *masks.shape[1:]), POISON, dtype=torch.int64),
         "query_start_loc": cumulated(query_lens),
         "cu_num_logits": cumulated(tree_rows),
         "idx_mapping": torch.tensor(idx_mapping, dtype=torch.int64),
         "depths": padded_rows(depth_rows, width, POISON, torch.int32),
-        "masks": padded_rows(mask_rows, width, POISON, torch.int64),
+        "masks": masks,
         "num_tree_reqs": num_tree_reqs,
     }
 
@@ -56,7 +57,7 @@ def test_named_trees(device, name):
     )  # fmt: skip
     positions, step_masks = both(inputs, device)
     assert positions[:num_rows].tolist() == [10 + depth for depth in depths_of(parents)]
-    assert step_masks[0].tolist() == masks_of(parents)
+    assert torch.equal(step_masks[0], mask_table([parents], num_rows, POISON)[0])
     assert (positions[num_rows:] == POISON).all()
     assert (step_masks[1:] == POISON).all()
 
@@ -66,13 +67,14 @@ def test_random_batches_leave_other_requests_alone(device, seed):
     """Tree requests lead; those behind num_tree_reqs keep linear positions and old masks."""
     rng = random.Random(seed)
     num_reqs, num_tree_reqs = 6, rng.randrange(7)
-    trees = [random_parents(rng, rng.randrange(64)) for _ in range(num_reqs)]
+    width = rng.choice([64, 65, 127, 128])
+    trees = [random_parents(rng, rng.randrange(width)) for _ in range(num_reqs)]
     tree_rows = [rng.randint(0, len(tree)) for tree in trees]
     query_lens = [n + rng.choice([0, 0, 3]) for n in tree_rows]
     inputs = make_inputs(
         trees, contexts=[rng.randrange(1000) for _ in trees], tree_rows=tree_rows,
         query_lens=query_lens, idx_mapping=rng.sample(range(9), num_reqs),
-        num_tree_reqs=num_tree_reqs, width=64,
+        num_tree_reqs=num_tree_reqs, width=width,
     )  # fmt: skip
     positions, step_masks = both(inputs, device)
     ends = inputs["query_start_loc"].tolist()
@@ -101,7 +103,7 @@ def test_request_without_tree_slot_is_left_untouched(device):
     ("name", "bad"),
     [
         ("positions", torch.zeros(3, dtype=torch.int32)),
-        ("depths", torch.zeros(2, 65, dtype=torch.int32)),
+        ("depths", torch.zeros(2, 129, dtype=torch.int32)),
         ("masks", torch.zeros(2, 4, dtype=torch.int64)),
         ("step_masks", torch.zeros(0, 3, dtype=torch.int64)),
         ("idx_mapping", torch.zeros(1, dtype=torch.float32)),

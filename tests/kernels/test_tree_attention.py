@@ -109,6 +109,39 @@ def test_ragged_batch_with_padded_requests(device, num_splits):
     check(case, device)
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_to_128_rows_in_one_launch(device, num_splits, dtype):
+    """Masks of two words; trees of one row, one word and two, some across three pages."""
+    names = ("random-64", None, "root-only", "full-127", "random-63", "random-126", "one-node")
+    case = Case(
+        tuple(name and tree(name) for name in names), (60, 0, 300, 5, 63, 130, 17),
+        group=3, dtype=dtype, num_splits=num_splits,
+    )  # fmt: skip
+    check(case, device)
+
+
+@pytest.mark.parametrize("context", [0, 1, 63, 64, 65])
+def test_second_word_around_a_tile(device, context):
+    """Row 64 is the last, the first or the second key of a tile of 64 keys."""
+    check(Case((tree("random-126"),), (context,), kv_heads=1, dtype=torch.float16), device)
+
+
+@pytest.mark.parametrize("window", [1, 3, 40, 127, 130])
+def test_sliding_windows_over_two_words(device, window):
+    case = Case((tree("chain-127"), tree("random-126")), (50, 100), kv_heads=1, window=window)
+    check(case, device)
+
+
+def test_few_rows_of_a_table_for_many(device):
+    """At most 64 rows are served from the first words alone, whatever stands in the second."""
+    case = Case((tree("full-63"), tree("random-15")), (40, 3), kv_heads=1)
+    masks = build(case, device)["tree_masks"]
+    table = torch.full((2, 2, 128), -77, dtype=torch.int64, device=device)
+    table[:, 0, :64] = masks
+    check(case, device, tree_masks=table)
+
+
 def test_only_padded_requests_write_nothing(device):
     check(Case((None, None), (0, 0)), device)
 
@@ -136,11 +169,26 @@ def test_half_precisions(device, dtype, head_size):
     check(case, device)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("cache_dtype", FLOAT8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scales", [0, 1, 2])
 def test_float8_caches(device, cache_dtype, dtype, scales):
     case = Case((tree("random-16"),), (70,), dtype=dtype, cache_dtype=cache_dtype, scales=scales)
+    check(case, device)
+
+
+@pytest.mark.parametrize("query_dtype", FLOAT8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_float8_queries(device, query_dtype, dtype, num_splits):
+    """What vLLM passes with a float8 cache; every head with factors of its own."""
+    case = Case(
+        (tree("random-16"), tree("full-127")), (70, 300), dtype=dtype, query_dtype=query_dtype,
+        cache_dtype=torch.float8_e4m3fn, scales=2, num_splits=num_splits,
+    )  # fmt: skip
     check(case, device)
 
 
@@ -181,6 +229,13 @@ PART_CASES = {
     "soft-cap-and-sinks": Case((tree("random-30"),), (50,), soft_cap=2.0, sinks=True, group=3),
     "head-size-80": Case((tree("random-30"),), (50,), head_size=80),
     "half": Case((tree("full-63"),), (70,), dtype=torch.float16, head_size=128),
+    "float8": Case((tree("random-30"),), (50,), cache_dtype=torch.float8_e5m2, scales=1,
+                   sinks=True),
+    "float8-queries": Case((tree("full-63"), tree("one-node")), (70, 0), dtype=torch.float16,
+                           cache_dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn,
+                           scales=2),
+    "two-words": Case((tree("full-127"), tree("one-node")), (70, 9), group=2),
+    "two-words-half": Case((tree("random-126"), tree("random-64")), (33, 0), dtype=torch.float16),
 }
 
 
@@ -194,7 +249,7 @@ def test_tree_part_completes_attention_over_the_context(device, name, add):
     reference.tree_attention(**exact)
     context_out, lse = attention_over_context(arguments)
     arguments["out"].copy_(context_out)
-    for unknown in ("sliding_window", "k_scale", "v_scale", "num_splits"):
+    for unknown in ("sliding_window", "num_splits"):
         del arguments[unknown]
     add(lse=lse.float().contiguous().to(device), **arguments)
     num_rows = sum(case.query_lens)
@@ -224,8 +279,9 @@ def test_splits_and_workspace_change_nothing_but_rounding(device):
 def test_any_batch(device, seed):
     rng = random.Random(seed)
     num_reqs = rng.randint(1, 3)
+    sizes = [0, 1, 7, 20, 63, 64, 127]
     trees = tuple(
-        tuple(random_parents(rng, rng.choice([0, 1, 7, 20, 63]))) if rng.random() < 0.85 else None
+        tuple(random_parents(rng, rng.choice(sizes))) if rng.random() < 0.85 else None
         for _ in range(num_reqs)
     )
     check(
@@ -304,13 +360,24 @@ BAD_ARGUMENTS = [
     ("query_start_loc", lambda a: a["query_start_loc"][:1]),
     ("seq_lens", lambda a: a["seq_lens"][:0]),
     ("tree_masks", lambda a: a["tree_masks"][:, :3]),
+    ("tree_masks", lambda a: a["tree_masks"][:, None]),
     ("max_query_len", lambda _: 65),
     ("scale", lambda _: 0.0),
     ("sliding_window", lambda _: -1),
     ("sinks", lambda a: a["q"].new_zeros(3)),
     ("k_scale", lambda a: a["q"].new_zeros(3)),
     ("v_scale", lambda a: a["q"].new_zeros(1, dtype=torch.float16)),
+    ("v_scale", lambda a: a["q"].new_ones(2)),  # while k_scale has one element
+    ("q_scale", lambda a: a["q"].new_ones(2)),
+    ("out", lambda a: a["out"].to(torch.float8_e4m3fn)),
 ]
+
+
+def test_more_than_128_rows_are_named(device):
+    arguments = build(DEFINITION_CASES["plain"], device)
+    masks = torch.ones(3, 2, 129, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"^max_query_len: found 129, expected at most 128"):
+        tree_attention(**arguments | {"tree_masks": masks, "max_query_len": 129})
 
 
 @pytest.mark.parametrize(("name", "damage"), BAD_ARGUMENTS)

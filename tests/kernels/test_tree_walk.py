@@ -15,6 +15,7 @@ from kernel_cases import (
     cumulated,
     padded_rows,
     random_parents,
+    signed_words,
     star_parents,
 )
 
@@ -22,7 +23,7 @@ from vllm_medusa.triton_kernels import reference, tree_walk
 from vllm_medusa.triton_kernels.walk_types import RequestState, WalkOutput
 
 POISON = -77  # no test expects this value anywhere
-MAX_LEN = 100  # of a request's token history
+MAX_LEN = 164  # of a request's token history
 
 
 def make_inputs(trees, drafts, sampled, limits, idx_mapping=None, width=None):
@@ -56,8 +57,9 @@ def poisoned_output(inputs, columns=None, hidden_size=None, dtype=torch.float32)
     """A WalkOutput on the CPU that holds POISON everywhere."""
     num_reqs, num_logits = inputs["idx_mapping"].shape[0], inputs["sampled"].shape[0]
     out = WalkOutput.empty(
-        num_reqs, num_logits, columns or inputs["parents"].shape[1], torch.device("cpu")
-    )
+        num_reqs, num_logits, columns or inputs["parents"].shape[1], torch.device("cpu"),
+        num_rows=inputs["parents"].shape[1],
+    )  # fmt: skip
     for tensor in out:
         if tensor is not None:
             tensor.fill_(POISON)
@@ -133,6 +135,35 @@ def test_accept_limit_cuts_the_longest_chain(device, limit):
     assert got["flat_rows"].tolist() == list(range(64))
 
 
+@pytest.mark.parametrize("limit", [0, 62, 63, 64, 125, 126, 127])
+def test_path_masks_of_two_words(device, limit):
+    """In the last two columns for as long as no token needs them."""
+    inputs = make_inputs([chain_parents(127)], [list(range(128))], [list(range(1, 129))], [limit])
+    got = both(inputs, device)
+    mask = (1 << limit + 1) - 1
+    words = signed_words(mask, 2)
+    assert got["num_sampled"].tolist() == [limit + 1]
+    assert got["path_masks"].tolist() == [words]
+    tokens = list(range(1, limit + 2))
+    packed = words if limit <= 125 else []
+    behind = [-1] * (128 - len(tokens) - len(packed))
+    assert got["tokens"].tolist() == [tokens + behind + packed]
+
+
+def test_rows_of_both_words_on_one_path(device):
+    """Root, row 63, row 64, row 127: the last bit of either word among them."""
+    parents = star_parents(127)
+    parents[64], parents[127] = 63, 64
+    sampled = [500] * 128
+    sampled[0], sampled[63], sampled[64] = 63, 64, 127
+    inputs = make_inputs([parents] * 2, [list(range(128))] * 2, [sampled] * 2, [9, 2])
+    got = both(inputs, device)
+    assert got["path_masks"].tolist() == [[1 - 2**63, 1 - 2**63], [1 - 2**63, 1]]
+    assert got["tokens"][0, :4].tolist() == [63, 64, 127, 500]
+    assert got["tokens"][:, -2:].tolist() == got["path_masks"].tolist()
+    assert got["last_rows"].tolist() == [127, 128 + 64]
+
+
 def test_last_row_sets_the_sign_bit(device):
     inputs = make_inputs([star_parents(63)], [list(range(64))], [[63] * 64], [4])
     got = both(inputs, device)
@@ -174,7 +205,7 @@ def test_named_trees_walk_to_every_row(device, name):
             row[above] = below
         sampled.append(row)
     drafts = [list(range(num_rows))] * len(goals)
-    inputs = make_inputs([parents] * len(goals), drafts, sampled, [64] * len(goals))
+    inputs = make_inputs([parents] * len(goals), drafts, sampled, [128] * len(goals))
     got = both(inputs, device)
     assert got["last_rows"].tolist() == [r * num_rows + g for r, g in enumerate(goals)]
     lengths = [len(ancestors_of(parents, goal)) for goal in goals]
@@ -185,7 +216,8 @@ def test_named_trees_walk_to_every_row(device, name):
 @given(seed=st.integers(0, 2**32 - 1), vocab=st.integers(1, 6), num_reqs=st.integers(1, 5))
 def test_random_batches(device, seed, vocab, num_reqs):
     rng = random.Random(seed)
-    trees = [random_parents(rng, rng.randrange(64)) for _ in range(num_reqs)]
+    most = rng.choice([63, 127])
+    trees = [random_parents(rng, rng.randint(0, most)) for _ in range(num_reqs)]
     rows = [rng.randint(1, len(tree)) for tree in trees]
     drafts = [[rng.randint(-1, vocab) for _ in range(n)] for n in rows]
     sampled = [[rng.randint(0, vocab) for _ in range(n)] for n in rows]
@@ -198,7 +230,7 @@ def test_random_batches(device, seed, vocab, num_reqs):
         inputs["state"] = random_state(rng, inputs["parents"].shape[0], vocab + 1)
     got = both(inputs, device)
     for r in range(num_reqs):
-        path = reference.path_rows(got["path_masks"][r].item())
+        path = reference.path_rows(got["path_masks"][r].tolist())
         start = inputs["cu_num_logits"][r].item()
         assert path == ancestors_of(trees[r], path[-1])
         assert [drafts[r][b] for b in path[1:]] == [sampled[r][b] for b in path[:-1]]
@@ -213,7 +245,7 @@ def test_random_batches(device, seed, vocab, num_reqs):
 
 def random_state(rng, num_slots, vocab_size, counts=True):
     """Request slots with histories of different lengths."""
-    lengths = torch.tensor([rng.randrange(MAX_LEN - 64) for _ in range(num_slots)])
+    lengths = torch.tensor([rng.randrange(MAX_LEN - 128) for _ in range(num_slots)])
     return RequestState(
         num_computed_tokens=lengths.to(torch.int32),
         last_sampled=torch.full((num_slots,), POISON, dtype=torch.int64),
@@ -284,7 +316,8 @@ def on_device(tensor: torch.Tensor, device) -> torch.Tensor:
         ("positions", torch.zeros(4, dtype=torch.int32)),
         ("cu_num_logits", torch.zeros(2, dtype=torch.int64)),
         ("seq_lens", torch.zeros(0, dtype=torch.int32)),
-        ("parents", torch.zeros(1, 65, dtype=torch.int32)),
+        ("parents", torch.zeros(1, 129, dtype=torch.int32)),
+        ("out.path_masks", torch.zeros(1, 2, dtype=torch.int64)),
         ("parents", torch.zeros(4, dtype=torch.int32)),
         ("accept_limits", torch.zeros(0, dtype=torch.int32)),
         ("prefill_len", torch.zeros(1, dtype=torch.int64)),

@@ -24,11 +24,17 @@ if current_platform.is_cpu():
 Tree = tuple[int, ...]  # row -> parent row, -1 at the root
 
 
-def ancestor_words(parents: Tree) -> list[int]:
-    """Bit j of word i: row j is row i or an ancestor of it, as int64."""
-    words: list[int] = []
+def ancestor_masks(parents: Tree) -> list[int]:
+    """Bit j of number i: row j is row i or an ancestor of it."""
+    masks: list[int] = []
     for row, parent in enumerate(parents):
-        words.append((words[parent] if parent >= 0 else 0) | 1 << row)
+        masks.append((masks[parent] if parent >= 0 else 0) | 1 << row)
+    return masks
+
+
+def words_of(mask: int) -> list[int]:
+    """Two int64 with the bits of a mask, the lower ones first."""
+    words = [mask & (1 << 64) - 1, mask >> 64]
     return [word - (1 << 64) if word >> 63 else word for word in words]
 
 
@@ -188,9 +194,11 @@ class Batch:
 
     def trees(self, trees: list[Tree]) -> SimpleNamespace:
         """The leading requests' trees as the runner binds them to the builder."""
-        masks = torch.zeros(len(self.num_rows), 64, dtype=torch.int64)
-        for row, parents in zip(masks, trees, strict=False):
-            row[: len(parents)] = torch.tensor(ancestor_words(parents))
+        masks = torch.zeros(len(self.num_rows), 2, 128, dtype=torch.int64)
+        for words, parents in zip(masks, trees, strict=False):
+            words[:, : len(parents)] = torch.tensor([*map(words_of, ancestor_masks(parents))]).T
+        if max(map(len, trees), default=0) <= 64:
+            masks = masks[:, 0, :64].contiguous()
         rows = np.array([len(parents) for parents in trees], dtype=np.int32)
         return SimpleNamespace(num_tree_reqs=len(trees), num_rows_np=rows, step_masks=masks)
 
@@ -208,7 +216,7 @@ class Batch:
         start = sum(self.num_rows[:request])
         keys, values = self.keys[request].double(), self.values[request].double()
         out = torch.zeros(len(parents), heads.num_heads, heads.head_size, dtype=torch.float64)
-        depths = [bin(word % (1 << 64)).count("1") - 1 for word in ancestor_words(parents)]
+        depths = [mask.bit_count() - 1 for mask in ancestor_masks(parents)]
         for row in range(len(parents)):
             line, node = [], row
             while node >= 0:

@@ -58,7 +58,7 @@ SWITCHES = {
     "dual batch overlap": ("parallel_config.use_ubatching", True),
     "batch-sharded sampling": ("parallel_config.enable_batch_sharded_sampling", True),
     "KV-sharing fast prefill": ("cache_config.kv_sharing_fast_prefill", True),
-    "a quantised KV cache": ("cache_config.cache_dtype", "fp8"),
+    "a quantised KV cache other than fp8_e4m3 on a GPU": ("cache_config.cache_dtype", "fp8_e5m2"),
     "pipeline parallelism without async scheduling": ("parallel_config.pipeline_parallel_size", 2),
     "return_sampling_mask": ("model_config.return_sampling_mask", True),
 }
@@ -81,6 +81,23 @@ def test_refusal(refusal):
         check_config(config)
     assert str(caught.value).endswith(refusal.reason)
     assert "\n" not in refusal.reason
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3"])
+def test_float8_caches_need_a_gpu(dtype, monkeypatch):
+    import vllm.platforms
+
+    config = plain_config()
+    config.cache_config.cache_dtype = dtype
+    for is_cuda in (True, False):
+        platform = SimpleNamespace(is_cuda=lambda found=is_cuda: found)
+        monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+        if is_cuda:
+            check_config(config)
+            continue
+        with pytest.raises(ValueError, match="quantised KV cache"):
+            check_config(config)
 
 
 def test_every_switch_is_a_refusal():

@@ -31,11 +31,13 @@ EDGES = {
     "starts a block": ([32], [chain(4)]),
     "straddles blocks": ([30, 61], [STAR, STAR]),
     "63 nodes over three blocks": ([90], [random_tree(np.random.default_rng(3), 64)]),
+    "127 nodes beside fewer": ([70, 30, 0], [random_tree(np.random.default_rng(4), 128), STAR,
+                                             random_tree(np.random.default_rng(5), 65)]),
     "same rows and blocks, other lengths": ([33, 40, 47], [STAR, STAR, STAR]),
     "rows differ": ([70, 3, 150], [chain(3), STAR, (-1, 0, 0, 1)]),
     "blocks out of order": ([200, 5, 90], [STAR, STAR, STAR]),
     "long": ([690], [STAR]),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(params=["compiled", "PyTorch"], autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cpu_attention_cases import Batch, Heads
+from cpu_attention_cases import Batch, Heads, words_of
 from vllm.platforms import current_platform
 
 from vllm_medusa.cpu_attention import cache_halves
@@ -40,11 +40,6 @@ def moved(rows: torch.Tensor, root: int, path: list[int]) -> torch.Tensor:
     return after
 
 
-def mask_of(path: list[int]) -> int:
-    word = sum(1 << row for row in path)
-    return word - (1 << 64) if word >> 63 else word
-
-
 def compact(batch: Batch, layers, paths, idx_mapping=None) -> None:
     mapping = list(range(len(paths))) if idx_mapping is None else idx_mapping
     table = batch.table.new_zeros(8, batch.table.shape[1])
@@ -55,8 +50,14 @@ def compact(batch: Batch, layers, paths, idx_mapping=None) -> None:
         table,
         torch.tensor(mapping),
         torch.tensor(batch.contexts, dtype=torch.int32),
-        torch.tensor([mask_of(path) for path in paths]),
+        path_masks(paths),
     )
+
+
+def path_masks(paths: list[list[int]]) -> torch.Tensor:
+    """One word each, two if a path reaches beyond row 63."""
+    words = torch.tensor([words_of(sum(1 << row for row in path)) for path in paths])
+    return words if max(max(path, default=0) for path in paths) > 63 else words[:, 0]
 
 
 PATHS = {
@@ -67,6 +68,20 @@ PATHS = {
     "root only": [0],
     "nothing sampled": [],
 }
+
+
+WIDE_PATHS = [[0, 2], [0, 64], [0, 1, 63, 64, 127], [*range(70)], [*range(63), 64], [0, 100, 101]]
+
+
+def test_paths_of_two_words():
+    contexts = [10, 31, 30, 100, 0, 64]
+    batch = Batch(Heads(2, 1, 64), 32, contexts, [128] * len(contexts), garbage=0.5)
+    layers = filled_layers(batch)
+    before = [logical_rows(batch, layers[0], r) for r in range(len(contexts))]
+    compact(batch, layers, WIDE_PATHS)
+    for request, path in enumerate(WIDE_PATHS):
+        expected = moved(before[request], contexts[request], path)
+        assert torch.equal(logical_rows(batch, layers[0], request), expected), request
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

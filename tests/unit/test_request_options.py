@@ -44,8 +44,8 @@ def test_read(extra_args, server, expected):
     "extra_args, words",
     [
         ({"medusa_node": 1}, ["'medusa_node'", "medusa_nodes"]),
-        ({"medusa_nodes": -1}, ["medusa_nodes=-1", "0 (no speculation) to 63"]),
-        ({"medusa_nodes": 64}, ["medusa_nodes=64"]),
+        ({"medusa_nodes": -1}, ["medusa_nodes=-1", "0 (no speculation) to 127"]),
+        ({"medusa_nodes": 128}, ["medusa_nodes=128"]),
         ({"medusa_nodes": 2.0}, ["medusa_nodes=2.0", "integer"]),
         ({"medusa_nodes": True}, ["medusa_nodes=True"]),
         ({"medusa_nodes": "off"}, ["medusa_nodes='off'"]),

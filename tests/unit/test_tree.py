@@ -11,16 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_medusa.tree import MAX_NODES, TokenTree
+from vllm_medusa.tree import TokenTree
 from vllm_medusa.tree_presets import PUBLISHED_PATHS
 
 
 @st.composite
-def trees(draw, max_nodes: int = MAX_NODES) -> list[tuple[int, ...]]:
+def trees(draw, max_nodes: int = 80) -> list[tuple[int, ...]]:
     """Paths of a random tree, each after its parent; ranks may have gaps."""
     paths: list[tuple[int, ...]] = []
     for _ in range(draw(st.integers(1, max_nodes))):
-        parent = draw(st.sampled_from([(), *paths[-8:]]))
+        # No deeper than trees of two mask words may be.
+        parent = draw(st.sampled_from([(), *(p for p in paths[-8:] if len(p) < 62)]))
         child = (*parent, draw(st.integers(0, 12)))
         if child not in paths:
             paths.append(child)
@@ -46,6 +47,15 @@ class TestShape:
         assert words.dtype == np.int64 and words.shape == (64,)
         assert words[63] == -(2**63) + 1
         assert words.view(np.uint64).tolist() == list(tree.ancestor_masks)
+
+    def test_row_64_starts_a_second_word(self):
+        paths = [[0], *([0, rank] for rank in range(126))]
+        words = TokenTree.from_paths(paths).mask_words()
+        assert words.dtype == np.int64 and words.shape == (2, 128)
+        assert words[:, 63].tolist() == [3 - 2**63, 0]
+        assert words[:, 64].tolist() == [3, 1]
+        assert words[:, 127].tolist() == [3, -(2**63)]
+        assert TokenTree.from_paths(paths[:64]).mask_words().shape == (2, 65)
 
     @given(trees())
     def test_masks_agree_with_a_walk_to_the_root(self, paths):
@@ -121,7 +131,8 @@ class TestRefusals:
             ([[0], [True]], r"\[True\].*expected an integer"),
             ([[0], 3], r"found 3 where a path"),
             ([[0], "01"], r"found '01' where a path"),
-            ([[rank] for rank in range(64)], r"found 64 nodes, expected at most 63.*\[63\]"),
+            ([[rank] for rank in range(128)], r"found 128 nodes, expected at most 127.*\[127\]"),
+            ([[0] * depth for depth in range(1, 65)], r"64 nodes and depth 64.*at most 62 deep"),
         ],
     )
     def test_paths(self, paths, words):
@@ -134,7 +145,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("widths", "words"),
-        [([], "one integer >= 1"), ([2, 0], "one integer >= 1"), ([8, 8], "72 nodes"),
+        [([], "one integer >= 1"), ([2, 0], "one integer >= 1"), ([8, 16], "136 nodes"),
          ([2.5], "expected an integer")],
     )
     def test_widths(self, widths, words):

@@ -11,6 +11,7 @@ import torch
 
 from vllm_medusa.kernels import WalkOutput, tree_walk
 from vllm_medusa.tree import TokenTree
+from vllm_medusa.triton_kernels.reference import path_rows
 
 pytest.importorskip("vllm")
 
@@ -21,6 +22,7 @@ VOCAB = 12
 TREES = {
     "preset": TokenTree.preset("mc_sim_7b_63").cut(40),
     "63 nodes": TokenTree.preset("mc_sim_7b_63"),
+    "100 nodes": TokenTree.from_widths([4, 4, 5]),
     "wide": TokenTree.from_widths([4, 2, 1]),
     "chain": TokenTree.from_paths([[0], [0, 0], [0, 0, 0]]),
 }
@@ -96,7 +98,7 @@ def test_walk_takes_the_typical_path(name):
         per_row = torch.from_numpy(np.repeat(slots, counts))
         local_pos = torch.from_numpy(np.concatenate([np.arange(c) for c in counts])).int()
         ids = torch.from_numpy(tokens).int()
-        steered = torch.from_numpy(drawn), ids, torch.full((num_reqs,), 64, dtype=torch.int32)
+        steered = torch.from_numpy(drawn), ids, torch.full((num_reqs,), 128, dtype=torch.int32)
         if typical.any():
             which = np.flatnonzero(np.repeat(typical, counts))
             scores = rule.score(torch.from_numpy(logits).float(), ids, per_row, local_pos, which)
@@ -138,7 +140,7 @@ def test_walk_takes_the_typical_path(name):
             expected = [int(tokens[rows][row]) for row in path[1:]] + [int(drawn[rows][path[-1]])]
             assert out.num_sampled[index] == len(path)
             assert out.tokens[index, : len(path)].tolist() == expected
-            assert out.path_masks[index] & 0xFFFFFFFF == sum(1 << r for r in path) & 0xFFFFFFFF
+            assert path_rows(out.path_masks[index].tolist()) == path
             assert out.last_rows[index] == cu_rows[index] + path[-1]
     assert deeper > 5
 
