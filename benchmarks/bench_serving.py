@@ -267,12 +267,9 @@ def main() -> None:
     try:
         for name, extra in extras.items():
             sides[name] = EngineProcess(name, common | extra)
-            if args.kv_cache_gb is None:
-                # One after the other: each profiles free memory while it starts.
-                sides[name].wait_ready()
-        for side in sides.values() if args.kv_cache_gb is not None else ():
-            side.wait_ready()
-        print("both engines ready", flush=True)
+            # One after the other: each profiles free memory and times its steps while it starts.
+            sides[name].wait_ready()
+        print("all engines ready", flush=True)
         results = [
             measure(sides, pool, args, level, temperature)
             for temperature in args.temperature

@@ -220,6 +220,28 @@ def default_schedule(num_nodes: int, row_budget: int | None) -> list[tuple[int, 
     return [*schedule, (first, max(first, row_budget), 0)]
 
 
+def with_plain_steps(
+    schedule: list[tuple[int, int, int]], max_num_seqs: int
+) -> list[tuple[int, int, int]]:
+    """The schedule with 0 nodes somewhere, since vLLM records graphs of what it comes to only.
+
+    Where no batch of up to ``max_num_seqs`` requests decodes plainly, the largest does.
+
+    Examples
+    --------
+    >>> with_plain_steps([(1, 4, 63), (5, 8, 31), (9, 9, 0)], 6)
+    [(1, 4, 63), (5, 5, 31), (6, 6, 0)]
+    """
+    if max_num_seqs < 2 or any(first <= max_num_seqs and n == 0 for first, _, n in schedule):
+        return schedule
+    kept = [
+        (first, min(last, max_num_seqs - 1), nodes)
+        for first, last, nodes in schedule
+        if first < max_num_seqs
+    ]
+    return [*kept, (kept[-1][1] + 1, max_num_seqs, 0)]
+
+
 def parse_speculative_model(value: str) -> str:
     """``medusa:PATH`` -> ``PATH``.
 

@@ -11,7 +11,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from vllm_medusa import vllm_seams
 from vllm_medusa.compatibility import check_config
-from vllm_medusa.config import MEDUSA_METHOD, MEDUSA_PREFIX, parse_speculative_model
+from vllm_medusa.config import (
+    MEDUSA_METHOD,
+    MEDUSA_PREFIX,
+    parse_speculative_model,
+    with_plain_steps,
+)
 from vllm_medusa.speculative_config import MedusaSpeculativeConfig, create_medusa_config
 
 logger = init_logger(f"vllm.{__name__}")
@@ -79,7 +84,13 @@ def create_config(
         if given.get(key, value) != value:
             raise ValueError(f"{flag} and speculative_config[{key!r}] are mutually exclusive")
         given[key] = value
-    return create_medusa_config(given, target_model_config, target_parallel_config)
+    config = create_medusa_config(given, target_model_config, target_parallel_config)
+    # vLLM's own default is above the schedule's last range, which has 0 nodes.
+    if config is not None and config.node_frequencies and engine_args.max_num_seqs is not None:
+        config.num_speculative_tokens_per_batch_size = with_plain_steps(
+            config.num_speculative_tokens_per_batch_size, engine_args.max_num_seqs
+        )
+    return config
 
 
 def prepare_other_engine() -> None:

@@ -14,6 +14,8 @@ PRIOR_SHARE = 0.9
 PRIOR_STEPS = 64
 # A step's evidence halves after about 1400 request-steps: some seconds of a busy server.
 DECAY = 1 - 1 / 2048
+# Kept at every look at the prices, 64 steps apart.
+RELAXATION = 0.98
 # Another budget must promise this much more to be worth a change of graphs.
 HYSTERESIS = 1.01
 
@@ -58,6 +60,14 @@ class NodeBudget:
         if 0 < nodes < len(self.promised):
             self._accepted = DECAY * self._accepted + accepted
             self._expected = DECAY * self._expected + self.promised[nodes]
+
+    def relax(self) -> None:
+        """Forget a little: plain steps bring no evidence, so a tree is tried again at last.
+
+        Without evidence the prior weighs as much again after some 190 calls.
+        """
+        self._accepted += (1 - RELAXATION) * (PRIOR_SHARE * PRIOR_STEPS - self._accepted)
+        self._expected += (1 - RELAXATION) * (PRIOR_STEPS - self._expected)
 
     def rate(self, nodes: int, requests: int, context: float) -> float | None:
         """Tokens per second of one request; None where the step was not measured."""
@@ -109,4 +119,5 @@ class PricedLookup:
     def look_again(self, context: float) -> None:
         """Forget prices; ``context`` is the running requests' mean, in tokens."""
         self.context = context
+        self.budget.relax()
         self._is_priced = [False] * len(self._nodes)

@@ -24,7 +24,7 @@ class StepCosts:
     seconds: Mapping[tuple[int, int, int], float]
 
     def of(self, rows: int, requests: int, context: float) -> float | None:
-        """Seconds of a step, linear between what was measured and beyond the contexts.
+        """Seconds of a step, linear between what was measured and beyond the longest context.
 
         None where rows were not measured or the batch is larger than any that was: no CUDA
         graph covers it.
@@ -60,13 +60,13 @@ class StepCosts:
 
     def _at_context(self, rows: int, requests: int, context: float) -> float:
         known = self._known[rows, requests]
-        if len(known) == 1:
-            return known[0][1]
-        # The pair around it, or the outer pair.
+        # The pair around it, or the last pair; below the first it costs what the first does,
+        # since there weights and launches are the price and a slope would be noise.
         end = next((i for i, (c, _) in enumerate(known) if c >= context), len(known) - 1)
-        (c0, t0), (c1, t1) = known[max(0, end - 1)], known[max(1, end)]
-        # Noise must not make a longer context cheaper than a step at all.
-        return max(t0 + (context - c0) / (c1 - c0) * (t1 - t0), min(t0, t1) / 2)
+        if end == 0:
+            return known[0][1]
+        (c0, t0), (c1, t1) = known[end - 1], known[end]
+        return t0 + (context - c0) / (c1 - c0) * max(0.0, t1 - t0)
 
     def save(self, path: Path) -> None:
         """Write as JSON, at once or not at all."""

@@ -84,6 +84,18 @@ def test_nothing_accepted_ends_in_plain_decoding():
     assert unlucky.choose(1, 1000) == 0
 
 
+def test_a_tree_is_tried_again_in_the_end():
+    seen = budget()
+    for _ in range(20000):
+        seen.observe(4, 0)
+    lookup = PricedLookup(seen, [0] * 17)
+    lookup.look_again(1000)
+    assert lookup[1] == 0
+    for _ in range(400):
+        lookup.look_again(1000)
+    assert lookup[1] == 4
+
+
 def test_share_follows_what_is_accepted():
     seen = budget()
     for _ in range(20000):
@@ -109,6 +121,11 @@ def test_costs_survive_their_file(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["steps.json"]
 
 
-def test_noise_never_makes_a_step_free():
+def test_noise_never_makes_a_longer_context_cheaper():
     costs = StepCosts({(1, 1, 500): 2.0, (1, 1, 1000): 1.0})
-    assert costs.of(1, 1, 10000) == 0.5
+    assert [costs.of(1, 1, context) for context in (0, 500, 10000)] == [2.0, 2.0, 2.0]
+
+
+def test_short_contexts_cost_what_the_shortest_measured_does():
+    costs = StepCosts({(1, 1, 500): 2.0, (1, 1, 1000): 4.0})
+    assert [costs.of(1, 1, context) for context in (0, 500, 750, 2000)] == [2.0, 2.0, 3.0, 8.0]

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from vllm_medusa.config import MedusaOptions, default_schedule
+from vllm_medusa.config import MedusaOptions, default_schedule, with_plain_steps
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 5, 8, 31, 62, 63])
@@ -37,6 +37,18 @@ def test_schedule_of_the_largest_tree():
         (65, 128, 1),
         (129, 256, 0),
     ]
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 5, 64, 128, 129, 256, 1024])
+def test_some_batch_decodes_plainly(most):
+    """Else there would be no graph for it, and choosing 0 nodes would be dear."""
+    schedule = with_plain_steps(default_schedule(63, 256), most)
+    nodes = {
+        size: n for first, last, n in schedule for size in range(first, last + 1) if size <= most
+    }
+    assert list(nodes) == list(range(1, min(most, 256) + 1))
+    assert most == 1 or nodes[min(most, 256)] == 0
+    assert all(n == 63 for size, n in nodes.items() if size < min(5, most))
 
 
 @pytest.mark.vllm
