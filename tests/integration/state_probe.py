@@ -38,6 +38,8 @@ def held_strings(roots: list[Any], prefix: str) -> list[str]:
     while queue:
         holder, way = queue.popleft()
         referents = gc.get_referents(holder)
+        if isinstance(holder, dict):  # which does not show keys that are all strings
+            referents += list(holder)
         alive.append(referents)
         for item in referents:
             if isinstance(item, str):

@@ -6,15 +6,19 @@ preempted; every 5th (in the long run every 100th) answer is compared with plain
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soak_traffic
+from state_probe import held_strings
 
 pytestmark = pytest.mark.vllm
 
@@ -154,6 +158,33 @@ def test_a_hundred_mixed_requests_leave_nothing(tiny_spelled, run_series, tmp_pa
     check_counts(result, SHORT)
     check_state(result["states"])
     assert check_answers(result, tiny_spelled, run_series) >= 20
+
+
+class Holder:
+    """Has a slot, as vLLM's own small classes do."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: {name: 3},  # not even tracked by the garbage collector
+        lambda name: {3: {"a": (name,)}},
+        lambda name: deque([{name}]),
+        lambda name: Holder([name]),
+        lambda name: SimpleNamespace(a=Holder({"b": name})),
+        lambda name: functools.partial(print, name),
+        lambda name: (lambda: name).__closure__,
+    ],
+)
+def test_whatever_holds_a_request_is_seen(wrap):
+    assert held_strings([wrap("other-1")], "soak-") == []
+    (held,) = held_strings([wrap("soak-1")], "soak-")
+    assert held.endswith(": soak-1")
 
 
 def test_growth_is_of_all_requests_after_the_first():
