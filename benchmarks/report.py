@@ -198,10 +198,12 @@ def compaction_section(path: Path) -> str:
 def walk_section(path: Path) -> str:
     """Walk, draft, positions and masks."""
     record = json.loads(path.read_text())
+    chosen = all("chosen" in row["kernels"] for row in record["rows"])
     rows = []
     for row in record["rows"]:
         shape, found = row["shape"], row["kernels"]
-        cells = [f"{found[name]['median']:.1f}" for name in ("walk", "draft", "scatter", "all")]
+        names = ("walk", "draft", *(["chosen"] if chosen else []), "scatter", "all")
+        cells = [f"{found[name]['median']:.1f}" for name in names]
         rows.append(
             [
                 f"{shape['batch']}", f"{shape['heads']} x {shape['vocab']}",
@@ -209,8 +211,9 @@ def walk_section(path: Path) -> str:
             ]
         )  # fmt: skip
     header = [
-        "requests", "heads x vocabulary", "floor", "walk", "draft", "positions, masks",
-        "all in one graph", "PyTorch",
+        "requests", "heads x vocabulary", "floor", "walk", "draft",
+        *(["draft, tree chosen"] if chosen else []), "positions, masks", "all in one graph",
+        "PyTorch",
     ]  # fmt: skip
     text = (
         f"**After the draw, 64 rows a request** on {device(record)}, microseconds (as above; the "
