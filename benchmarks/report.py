@@ -236,6 +236,23 @@ def heads_section() -> str:
     )
 
 
+def chosen_trees_section(path: Path) -> str:
+    """Trees chosen at every step beside the calibrated one, simulated."""
+    record = json.loads(path.read_text())
+    names = [name for name in record["rows"][0] if name != "nodes"]
+    rows = [
+        [str(row["nodes"]), *(f"{row[name]['tokens_per_step']:.2f}" for name in names)]
+        for row in record["rows"]
+    ]
+    text = (
+        f"**Trees chosen at every step**, {record['model']} with the shipped heads, tokens per "
+        f"step on {record['num_questions']} MT-Bench questions ({record['answer_tokens']} tokens "
+        f"of greedy answers, {record['dtype']}), simulated exactly, by nodes: the calibrated tree, "
+        "and the likeliest paths by the heads' own probabilities;"
+    )
+    return measured_table(text, path, record, ["nodes", *names], rows)
+
+
 def cpu_runner_section(path: Path) -> str:
     """V2 runner with the fall-backs against V1 on a CPU."""
     record = json.loads(path.read_text())
@@ -290,6 +307,7 @@ def results_section() -> str:
     parts = [serving_section(path) for path in sorted(RESULTS.glob("*serving*.json"))]
     parts += [serve_section(path) for path in sorted(RESULTS.glob("*_serve.json"))]
     parts.append(heads_section())
+    parts += [chosen_trees_section(path) for path in sorted(RESULTS.glob("*_chosen_trees.json"))]
     parts += [attention_section(path) for path in sorted(RESULTS.glob("*_tree_attention.json"))]
     parts += [compaction_section(path) for path in sorted(RESULTS.glob("*_kv_compaction.json"))]
     parts += [walk_section(path) for path in sorted(RESULTS.glob("*_walk.json"))]
