@@ -96,7 +96,9 @@ class Scheduler(TreeSchedulerMixin, VllmScheduler):
 
 
 def scheduler(dynamic: bool) -> Scheduler:
-    config = SimpleNamespace(token_tree=START_UP, dynamic_tree=dynamic, num_medusa_heads=4)
+    config = SimpleNamespace(
+        token_tree=START_UP, dynamic_tree=dynamic, num_medusa_heads=4, node_frequencies=()
+    )
     return Scheduler(SimpleNamespace(speculative_config=config))
 
 
