@@ -6,8 +6,10 @@ Not measured: the heads' products and the KV move (see bench_kv_compaction.py). 
 CUDA graph of the three launches that a served step makes: tree_walk (path, tokens, counts,
 hidden row, request state), draft_tree (top tokens of every head into their nodes) and scatter_tree
 (positions and masks).  The peer does the same with PyTorch's operators, loops over requests
-written as tensor operations so that it fits a graph too.  The kernels' results are compared
-with the twins' before they are timed.
+written as tensor operations so that it fits a graph too.  `chosen` is the draft of a tree that is
+chosen at every step: `top` (top tokens with log probabilities) and `tree` (the likeliest nodes) in
+one graph, in place of `draft`.  The kernels' results are compared with the twins' before they are
+timed.
 """
 
 from __future__ import annotations
@@ -20,8 +22,17 @@ import torch
 from records import write_record
 from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
 
-from vllm_medusa.triton_kernels import draft_tree, reference, scatter_tree, tree_walk
+from vllm_medusa.tree_candidates import candidate_paths, candidate_tables, ranks_for
+from vllm_medusa.triton_kernels import (
+    best_tree,
+    draft_tree,
+    reference,
+    scatter_tree,
+    top_tokens,
+    tree_walk,
+)
 from vllm_medusa.triton_kernels.draft_workspace import DraftWorkspace
+from vllm_medusa.triton_kernels.tree_types import Candidates, FixedTree, TreeTables
 from vllm_medusa.triton_kernels.walk_types import RequestState, WalkOutput
 
 DEVICE = torch.device("cuda")
@@ -29,6 +40,7 @@ ROWS = 64
 MAX_LEN = 8192
 CONTEXT = 1000
 NUM_TOP = 10
+NAMES = ("walk", "draft", "scatter", "all", "top", "tree", "chosen")
 BANDWIDTH = 3.0e12  # bytes/s, an H100's measured rate
 
 
@@ -76,6 +88,57 @@ def make_tree(max_depth: int) -> Tree:
     return tree
 
 
+class ChosenTrees:
+    """Tensors of a draft whose trees are chosen by the heads' probabilities."""
+
+    def __init__(self, step: Step):
+        shape = step.shape
+        ranks = ranks_for(ROWS - 1, shape.heads, shape.vocab)
+        paths = candidate_paths(ROWS - 1, [ranks] * shape.heads)
+        tables = candidate_tables(paths, shape.heads, ranks)
+        self.candidates = Candidates(*(torch.from_numpy(table).to(DEVICE) for table in tables))
+        self.tables = TreeTables(step.parents.clone(), step.depths.clone(), step.masks.clone())
+        self.fixed = FixedTree(
+            torch.zeros(shape.batch, dtype=torch.int32, device=DEVICE),
+            torch.zeros(ROWS - 1, dtype=torch.int32, device=DEVICE),
+            *(table[0].clone() for table in self.tables),
+        )
+        size = (shape.batch, shape.heads, ranks)
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=DEVICE)
+        self.log_probs = torch.zeros(size, device=DEVICE)
+        self.drafts = torch.zeros_like(step.drafts)
+        self.scratch = torch.zeros(step.drafts.numel(), dtype=torch.int32, device=DEVICE)
+        self.slots, self.logits, self.workspace = step.slots, step.logits, step.workspace
+
+    def top(self) -> None:
+        top_tokens(self.tokens, self.log_probs, self.logits, workspace=self.workspace)
+
+    def tree_inputs(self) -> tuple:
+        return self.tokens, self.log_probs, self.slots, self.candidates, self.fixed
+
+    def tree(self) -> None:
+        best_tree(self.drafts, self.tables, *self.tree_inputs(), scratch=self.scratch)
+
+    def draft(self) -> None:
+        self.top()
+        self.tree()
+
+    def is_correct(self) -> bool:
+        """Tokens and, from the same log probabilities, trees of the twins."""
+        self.draft()
+        tokens, log_probs = torch.empty_like(self.tokens), torch.empty_like(self.log_probs)
+        reference.top_tokens(tokens, log_probs, self.logits)
+        drafts = torch.empty_like(self.drafts)
+        tables = TreeTables(*(table.clone() for table in self.tables))
+        for table in tables:
+            table[:, 1:] = -1
+        reference.best_tree(drafts, tables, *self.tree_inputs())
+        pairs = [(self.tokens, tokens), (self.drafts, drafts)]
+        pairs += zip(self.tables, tables, strict=True)
+        close = torch.allclose(self.log_probs, log_probs, rtol=1e-5, atol=1e-5)
+        return close and all(torch.equal(a, b) for a, b in pairs)
+
+
 class Step:
     """Tensors of one step of a batch; every request's path is the first `accepted` rows."""
 
@@ -120,6 +183,7 @@ class Step:
         )
         self.drafts = torch.zeros(num_reqs, ROWS - 1, dtype=torch.int64, device=DEVICE)
         self.workspace = DraftWorkspace.allocate(num_reqs * shape.heads, shape.vocab, DEVICE)
+        self.chosen = ChosenTrees(self)
 
     def walk_inputs(self) -> tuple[torch.Tensor, ...]:
         return (
@@ -155,7 +219,11 @@ def kernels(step: Step) -> dict[str, Callable[[], None]]:
         draft()
         scatter()
 
-    return {"walk": walk, "draft": draft, "scatter": scatter, "all": everything}
+    chosen = step.chosen
+    return {
+        "walk": walk, "draft": draft, "scatter": scatter, "all": everything,
+        "top": chosen.top, "tree": chosen.tree, "chosen": chosen.draft,
+    }  # fmt: skip
 
 
 def torch_walk(step: Step) -> None:
@@ -239,7 +307,8 @@ def is_correct(step: Step) -> bool:
     kernels(step)["all"]()
     got = (*step.walk, *step.state, step.drafts, step.positions, step.step_masks)
     want = (*walk, *state, drafts, positions, step_masks)
-    return all(a is None or torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+    same = (a is None or torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+    return all(same) and step.chosen.is_correct()
 
 
 def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
@@ -258,7 +327,7 @@ def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
 
 def print_row(shape: Shape, row: dict[str, Any]) -> None:
     cells = [row["floor_us"]]
-    cells += [row["kernels"][name]["median"] for name in ("walk", "draft", "scatter", "all")]
+    cells += [row["kernels"][name]["median"] for name in NAMES]
     spread = row["kernels"]["all"]["p90"] - row["kernels"]["all"]["p10"]
     cells += [spread, row["torch"]["all"]["median"]]
     mark = "" if row["correct"] else "  WRONG"
@@ -267,7 +336,7 @@ def print_row(shape: Shape, row: dict[str, Any]) -> None:
 
 def main() -> None:
     args = parse_on_gpu(kernel_benchmark_parser(__doc__, "five heads, bs 1 and 64"))
-    names = ("floor", "walk", "draft", "scatter", "all", "p90-p10", "torch")
+    names = ("floor", *NAMES, "p90-p10", "torch")
     print(f"{'microseconds':<34}" + "".join(f"{name:>9}" for name in names))
     rows = []
     for shape in QUICK_SHAPES if args.quick else SHAPES:

@@ -198,10 +198,12 @@ def compaction_section(path: Path) -> str:
 def walk_section(path: Path) -> str:
     """Walk, draft, positions and masks."""
     record = json.loads(path.read_text())
+    chosen = all("chosen" in row["kernels"] for row in record["rows"])
     rows = []
     for row in record["rows"]:
         shape, found = row["shape"], row["kernels"]
-        cells = [f"{found[name]['median']:.1f}" for name in ("walk", "draft", "scatter", "all")]
+        names = ("walk", "draft", *(["chosen"] if chosen else []), "scatter", "all")
+        cells = [f"{found[name]['median']:.1f}" for name in names]
         rows.append(
             [
                 f"{shape['batch']}", f"{shape['heads']} x {shape['vocab']}",
@@ -209,8 +211,9 @@ def walk_section(path: Path) -> str:
             ]
         )  # fmt: skip
     header = [
-        "requests", "heads x vocabulary", "floor", "walk", "draft", "positions, masks",
-        "all in one graph", "PyTorch",
+        "requests", "heads x vocabulary", "floor", "walk", "draft",
+        *(["draft, tree chosen"] if chosen else []), "positions, masks", "all in one graph",
+        "PyTorch",
     ]  # fmt: skip
     text = (
         f"**After the draw, 64 rows a request** on {device(record)}, microseconds (as above; the "
@@ -231,6 +234,23 @@ def heads_section() -> str:
         "`vllm_medusa/assets/smollm2-135m-instruct/training.json`:\n\n"
         + table(["nodes", "tokens per step"], rows)
     )
+
+
+def chosen_trees_section(path: Path) -> str:
+    """Trees chosen at every step beside the calibrated one, simulated."""
+    record = json.loads(path.read_text())
+    names = [name for name in record["rows"][0] if name != "nodes"]
+    rows = [
+        [str(row["nodes"]), *(f"{row[name]['tokens_per_step']:.2f}" for name in names)]
+        for row in record["rows"]
+    ]
+    text = (
+        f"**Trees chosen at every step**, {record['model']} with the shipped heads, tokens per "
+        f"step on {record['num_questions']} MT-Bench questions ({record['answer_tokens']} tokens "
+        f"of greedy answers, {record['dtype']}), simulated exactly, by nodes: the calibrated tree, "
+        "and the likeliest paths by the heads' own probabilities;"
+    )
+    return measured_table(text, path, record, ["nodes", *names], rows)
 
 
 def cpu_runner_section(path: Path) -> str:
@@ -288,6 +308,7 @@ def results_section() -> str:
     parts = [serving_section(path) for path in sorted(RESULTS.glob("*serving*.json"))]
     parts += [serve_section(path) for path in sorted(RESULTS.glob("*_serve.json"))]
     parts.append(heads_section())
+    parts += [chosen_trees_section(path) for path in sorted(RESULTS.glob("*_chosen_trees.json"))]
     parts += [attention_section(path) for path in sorted(RESULTS.glob("*_tree_attention.json"))]
     parts += [compaction_section(path) for path in sorted(RESULTS.glob("*_kv_compaction.json"))]
     parts += [walk_section(path) for path in sorted(RESULTS.glob("*_walk.json"))]

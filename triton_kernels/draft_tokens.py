@@ -109,7 +109,7 @@ def top_tokens(
     Parameters
     ----------
     tokens : torch.Tensor
-        ``[>= R, K, T]`` int64, out, contiguous. Ids of the base vocabulary; T <= 64.
+        ``[>= R, K, T]`` int64, out, contiguous. Ids of the base vocabulary; T <= 128.
     log_probs : torch.Tensor
         ``[>= R, K, T]`` float32, out, contiguous. Log softmax over the heads' vocabulary; never
         above 0, never rising with the rank, -inf at worst.

@@ -10,6 +10,8 @@ from .checks import check_runnable
 from .checks_draft import check_best_tree
 from .tree_types import Candidates, FixedTree, TreeTables
 
+_NUM_WARPS = 8
+
 _NEVER: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # above the bits of every cost
 
 
@@ -44,11 +46,15 @@ def _cheapest(
     PADDED_NODES: tl.constexpr,
 ):
     """[PADDED_NODES] int32: the NUM_NODES cheapest in ascending order; lower ones among equals."""
-    limit = tl.zeros([], tl.int32)  # becomes the cost of the last one, bit by bit
-    for i in range(0, 31):
-        trial = limit | (1 << (30 - i))
+    # Bit by bit, until as many lie below as are wanted (some 15 of 31 steps later) or the limit
+    # is the cost of the last one, which others may share.
+    limit = tl.zeros([], tl.int32)
+    bit = tl.full([], 1 << 30, tl.int32)
+    while bit > 0:
+        trial = limit | bit
         num_below = tl.sum((costs < trial).to(tl.int32), 0)
-        limit = tl.where(num_below < NUM_NODES, trial, limit)
+        limit = tl.where(num_below <= NUM_NODES, trial, limit)
+        bit = tl.where(num_below == NUM_NODES, 0, bit >> 1)
     is_below = costs < limit
     is_equal = costs == limit
     # Two counts in one scan: below in the low half, equal in the high half.
@@ -205,5 +211,5 @@ def best_tree(
         out.stride(0), *(table.stride(0) for table in tables), num_candidates,
         DEPTH=depth, NUM_COLUMNS=tokens.shape[1] * tokens.shape[2], NUM_NODES=num_nodes,
         PADDED_NODES=triton.next_power_of_2(num_nodes),
-        PADDED_CANDIDATES=triton.next_power_of_2(num_candidates), num_warps=4,
+        PADDED_CANDIDATES=triton.next_power_of_2(num_candidates), num_warps=_NUM_WARPS,
     )  # fmt: skip

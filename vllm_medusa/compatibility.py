@@ -111,6 +111,12 @@ SUPPORTED: tuple[Supported, ...] = (
         WORKS,
         "tests/integration/test_requests.py::test_a_request_s_own_options[budgets]",
     ),
+    Supported(
+        "a tree per request and per step (tree: dynamic)",
+        "works; requests with structured outputs, penalties, bad words, thinking budgets or custom "
+        "processors keep the start-up tree",
+        "tests/integration/test_requests.py::test_chosen_trees_beside_the_start_up_tree[free]",
+    ),
     Supported("logprobs", WORKS, f"{_IDENTITY}::test_logprobs_are_those_of_the_accepted_rows"),
     Supported(
         "logprobs of named tokens (logprob_token_ids)",

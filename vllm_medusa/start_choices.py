@@ -208,7 +208,13 @@ def usable_heads(options: MedusaOptions, spec: HeadSpec, parallel_config: Any) -
 def check_dynamic(
     options: MedusaOptions, tree: TokenTree, spec: HeadSpec, parallel_config: Any
 ) -> None:
-    """Refuse what trees chosen at every step cannot be combined with."""
+    """Refuse what trees chosen at every step cannot be combined with.
+
+    Raises
+    ------
+    ValueError
+        With sequential heads, with ranks that would not know the tree, with too many nodes.
+    """
     stages = parallel_config.pipeline_parallel_size
     ranks = parallel_config.tensor_parallel_size
     reason = None

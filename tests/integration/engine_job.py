@@ -198,6 +198,12 @@ def counters(llm) -> dict:
     return found
 
 
+def distinct_trees(runner) -> int:
+    """Different trees in the runner's request slots; 0 without Medusa."""
+    tree_batch = getattr(runner, "tree_batch", None)
+    return 0 if tree_batch is None else len(tree_batch.parents.unique(dim=0))
+
+
 def main() -> None:
     """Run the job."""
     job = json.loads(Path(sys.argv[1]).read_text())
@@ -241,6 +247,7 @@ def main() -> None:
                 },
                 "whole_steps": len(whole_steps),
                 "row_products": row_products,
+                "distinct_trees": distinct_trees(runner),
                 "worker": f"{type(worker).__module__}.{type(worker).__name__}",
                 "runner": f"{type(runner).__module__}.{type(runner).__name__}",
                 "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,

@@ -28,6 +28,11 @@ CASES = {
         }
     },
     "tree beside heads": {"speculative_model": "medusa:WITH_TREE"},
+    "chosen trees": {
+        "speculative_config": {
+            "method": "medusa", "model": "WITH_TREE", "tree": "dynamic", "num_heads": 2,
+        }
+    },
     "single file": {"speculative_model": "medusa:HEADS/medusa_lm_head.safetensors"},
     "off": {},
     # refused
@@ -126,6 +131,11 @@ def test_node_budget_and_trees(outcomes):
     assert outcomes["preset"]["paths"] == [[0]]
     assert outcomes["widths"]["nodes"] == 5  # of 20: the CPU's default budget
     assert outcomes["tree beside heads"]["paths"] == [[0], [1], [0, 0]]
+    assert "tree=" not in outcomes["tree beside heads"]["speculative"]
+    # The tree beside the heads says how many nodes, and serves requests that choose none.
+    chosen = outcomes["chosen trees"]
+    assert chosen["paths"] == [[0], [1], [0, 0]]
+    assert "tree_nodes=3, heads=2, tree='dynamic'" in chosen["speculative"]
 
 
 def test_off_is_stock(outcomes):

@@ -82,9 +82,10 @@ def plain_v2(tiny, run_job, seeded_batches) -> dict:
         ({"tree": [4, 2, 1]}, TIGHT, 3),
         ({"tree": [[0], [0, 0], [0, 0, 0]]}, WIDE, 3),
         ({"tree": [[0]]}, WIDE, 3),
+        ({"tree": "dynamic", "num_speculative_tokens": 63}, TIGHT, 3),
     ],
     ids=["default", "63 nodes, preempted and chunked", "cut by batch size", "100 nodes", "widths",
-         "chain", "one node"],
+         "chain", "one node", "chosen trees, preempted and chunked"],
 )  # fmt: skip
 def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, extra, limits, num_batches):
     engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, **extra)}
@@ -98,6 +99,7 @@ def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, extra, lim
         assert counters["vllm:num_preemptions"] > 0
         assert counters["vllm:prefix_cache_hits"] > 0
     assert result["runner"].endswith("MedusaCPUModelRunner")
+    assert (result["distinct_trees"] > 1) == (extra.get("tree") == "dynamic")
 
 
 @pytest.mark.parametrize("limits", [WIDE, TIGHT], ids=["wide", "tight"])
@@ -115,9 +117,11 @@ def test_seeded_sampling_equals_stock_v2_runner(tiny, run_job, seeded_batches, p
         (WIDE, CUT_BY_BATCH),
         (TIGHT, {"num_speculative_tokens": 63}),
         (WIDE, {**WIDE_TREE, "num_speculative_tokens_per_batch_size": [[1, 1, 100], [2, 99, 40]]}),
+        (WIDE, {**CUT_BY_BATCH, "tree": "dynamic"}),
     ],
-    ids=["cut by batch size", "whole trees, tight", "100 nodes"],
-)
+    ids=["cut by batch size", "whole trees, tight", "100 nodes",
+         "chosen trees, cut by batch size"],
+)  # fmt: skip
 def test_step_of_the_verification_graphs_equals_stock(
     tiny, run_job, batches, plain, seeded_batches, plain_v2, limits, extra
 ):

@@ -127,6 +127,7 @@ def batch(group: list[dict], count: int = 10) -> dict:
     return {"prompts": prompts, "sampling": sampling}
 
 
+HISTORY_OF_CHOSEN = ("free", "penalties", "all together", "logprobs")
 # What only Medusa's engine serves.
 MORE = {
     "off": batch([{"extra_args": {"medusa_nodes": 0}}]),
@@ -177,6 +178,13 @@ def engine_jobs(model: dict[str, str]) -> dict[str, dict]:
         grammars = {name: batch(group) for name, group in CONSTRAINED.items()}
         pair(backend, config, grammars, tokenizer=True)
     jobs["async, medusa"] = {**jobs["xgrammar, medusa"], "async": True}
+    # Metrics count the depth of either kind of tree; a step of either may hold the other kind.
+    chosen = jobs["xgrammar, medusa"]["engine"] | {"reasoning_config": REASONING}
+    chosen = chosen | {"speculative_config": medusa | {"tree": "dynamic"}}
+    batches = {name: MORE[name] for name in ("off", "budgets", "typical and exact")}
+    batches |= {name: history[name] for name in HISTORY_OF_CHOSEN}
+    batches |= {"beside free requests": grammars["beside free requests"]}
+    jobs["chosen, medusa"] = job(chosen, batches, tokenizer=True)
     typical = plain | {"speculative_config": medusa | {"acceptance": "typical"}}
     exact = batch([{"extra_args": {"medusa_acceptance": "exact"}}])
     jobs["typical, medusa"] = job(typical, {"free": batch([{}]), "exact": exact})
@@ -253,6 +261,28 @@ def test_async_scheduling_learns_drafts_before_the_masks(results, constraint):
     accepted = [result["accepted"][constraint] for result in (found, expected)]
     # Whether a request's first step has drafts depends on the schedule.
     assert accepted[0] > 0.5 * accepted[1]
+
+
+@pytest.mark.parametrize("name", [*HISTORY_OF_CHOSEN, "beside free requests"])
+def test_chosen_trees_beside_the_start_up_tree(results, name):
+    plain = results["xgrammar" if name == "beside free requests" else "history"]
+    chosen = results["chosen, medusa"]
+    assert tokens(chosen, name) == tokens(plain, name)
+    assert chosen["accepted"][name] > LEAST_ACCEPTED * count(plain)[name]
+
+
+def test_chosen_trees_are_cut_and_accepted_by_the_request_s_own_rule(results):
+    chosen, expected = results["chosen, medusa"], tokens(results["history"], "free")
+    assert tokens(chosen, "off") == tokens(chosen, "budgets") == expected
+    assert 0 == chosen["accepted"]["off"] < chosen["accepted"]["budgets"]
+    assert chosen["accepted"]["budgets"] < chosen["accepted"]["free"]
+    # Greedy requests are exact under either rule.
+    greedy = len(expected) // 2
+    assert tokens(chosen, "typical and exact")[:greedy] == expected[:greedy]
+    assert tokens(chosen, "typical and exact") != expected
+    for m in (request["metrics"] for request in chosen["requests"]["free"]):
+        assert m["num_spec_tokens"] == 3
+        assert m["num_accepted_draft_tokens"] <= m["num_draft_tokens"] <= 3 * m["num_spec_steps"]
 
 
 @pytest.mark.parametrize("name", ["off", "budgets"])

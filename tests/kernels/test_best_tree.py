@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import masks_of
+from kernel_cases import mask_table
 
 from vllm_medusa.tree_candidates import candidate_paths, candidate_tables
 from vllm_medusa.tree_search import best_first_paths
@@ -17,6 +17,11 @@ from vllm_medusa.triton_kernels.tree_types import Candidates, FixedTree, TreeTab
 
 POISON = -77
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 62, 63]
+
+
+def masks_of(parents):
+    """Ancestor-or-self words of one tree."""
+    return mask_table([parents], len(parents), 0)[0].tolist()
 
 
 def likeliest(log_probs, num_nodes):

@@ -258,7 +258,7 @@ def test_a_certain_token_costs_nothing(device):
         ("tokens", lambda a: a["tokens"][:, :1]),
         ("tokens", lambda a: a["tokens"].int()),
         ("tokens", lambda a: a["tokens"].transpose(0, 1)),
-        ("tokens", lambda a: a["tokens"].repeat(1, 1, 22)),
+        ("tokens", lambda a: a["tokens"].repeat(1, 1, 43)),
         ("tokens", lambda a: a["tokens"][:, :, :0]),
         ("log_probs", lambda a: a["log_probs"].double()),
         ("log_probs", lambda a: a["log_probs"][:1]),

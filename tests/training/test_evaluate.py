@@ -172,3 +172,8 @@ def test_tables_and_plots(tmp_path, capsys):
     assert "Predicted and served" in text
     for plot in save_plots(record, tmp_path):
         assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_trees_chosen_at_every_step_have_no_simulation_to_be_held_against():
+    with pytest.raises(ValueError, match="tree is 'dynamic'; expected one tree for all steps"):
+        EvalConfig(tree="dynamic")

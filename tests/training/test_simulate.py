@@ -17,8 +17,10 @@ from vllm_medusa.training.hidden_states import HiddenStateSet
 from vllm_medusa.training.simulate import (
     accepted_depths,
     accepted_shares,
+    chosen_places,
     per_conversation,
     simulate_budgets,
+    simulate_chosen,
     visited_rows,
 )
 from vllm_medusa.training.trainable_heads import TrainableHeads
@@ -77,6 +79,43 @@ def test_simulation_equals_plain_decoding(seed):
     assert total.tokens == sum(count.tokens for count in counts)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_nodes", [1, 6, 13])
+def test_simulation_of_chosen_trees_equals_plain_decoding(seed, num_nodes):
+    """Each step decodes with the tree that the host's search finds for its probabilities."""
+    answers, guesses, ranks = _answers(seed, count=12)
+    rng = np.random.default_rng(seed)
+    # Eighths, whose sums are exact in any order, and few, so that there are ties.
+    log_probs = -np.sort(rng.integers(1, 20, (len(ranks.ranks), 3, 5)) / np.float32(8), axis=-1)
+    nodes = [p for d in (1, 2, 3) for p in itertools.product(range(5), repeat=d)]
+
+    def tree(row):
+        cost = {path: -sum(log_probs[row, d, r] for d, r in enumerate(path)) for path in nodes}
+        return sorted(nodes, key=lambda path: (cost[path], len(path), path))[:num_nodes]
+
+    steps = 0
+    for answer, guess, start in zip(answers, guesses, ranks.offsets, strict=False):
+        newest = 0
+        while newest < len(answer) - 1:
+            right = [
+                path for path in tree(start + newest)
+                if list(answer[newest + 1 : newest + 1 + len(path)])
+                == [guess[newest, d][r] for d, r in enumerate(path)]
+            ]  # fmt: skip
+            newest += max(map(len, right), default=0) + 1
+            steps += 1
+    found = simulate_chosen(ranks.ranks, log_probs, ranks.offsets, (num_nodes, 20))
+    assert found[num_nodes].steps == steps
+    assert found[20].steps <= steps
+
+
+def test_places_of_paths_that_are_not_in_the_tree():
+    log_probs = np.log(np.array([[[0.6, 0.3], [0.1, 0.8]]] * 3, np.float32))
+    # Missed; right behind a miss; beyond the nodes.
+    ranks = np.array([[MISSED, 0], [0, MISSED], [1, 0]])
+    assert chosen_places(ranks, log_probs, 4).tolist() == [[4, 4], [0, 4], [2, 4]]
+
+
 def test_depths_by_hand():
     ranks = np.array([[0, 0, 0], [0, 1, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [0, MISSED, 0]])
     assert accepted_depths(ranks, TREE).tolist() == [3, 2, 2, 1, 0, 1]
@@ -130,7 +169,7 @@ def test_ranks_from_heads_equal_sorting():
     labels = torch.randint(0, 11, (10, 3), generator=generator)
     labels[-1, 2] = -100
     data = HiddenStateSet(hidden, labels, np.array([0, 10]))
-    found = rank_labels(heads, data, weight, max_rank=4, batch_rows=3)
+    found = rank_labels(heads, data, weight, max_rank=4, batch_rows=3, with_log_probs=True)
     with torch.no_grad():
         order = (heads(hidden) @ weight.T).argsort(dim=-1, descending=True)
     for row in range(10):
@@ -138,6 +177,10 @@ def test_ranks_from_heads_equal_sorting():
             place = (order[k, row] == labels[row, k + 1]).nonzero()
             expected = int(place) if len(place) and int(place) < 4 else MISSED
             assert found.ranks[row, k] == expected
+    scores = (heads(hidden) @ weight.T).log_softmax(-1).sort(-1, descending=True).values
+    np.testing.assert_allclose(
+        found.log_probs, scores.transpose(0, 1)[:, :, :4].detach(), rtol=1e-5, atol=1e-6
+    )
     assert found.has_label.sum() == 19
 
 

@@ -34,6 +34,8 @@ class HeadRanks:
     # [num_conversations + 1] int64, conversation -> first row
     offsets: np.ndarray
     max_rank: int
+    # [rows, num_heads, max_rank] float32 of every head's best tokens, where asked for
+    log_probs: np.ndarray | None = None
 
     def accuracies(self) -> np.ndarray:
         """Share of labels at each rank, [num_heads, max_rank].
@@ -58,6 +60,7 @@ def rank_labels(
     max_rank: int = 10,
     batch_rows: int | None = None,
     embeddings: Tensor | None = None,
+    with_log_probs: bool = False,
 ) -> HeadRanks:
     """Rank of every head's label among the head's ``max_rank`` most likely tokens.
 
@@ -72,6 +75,8 @@ def rank_labels(
         [vocab, hidden], dtype of ``data.hidden``.
     embeddings : Tensor, optional
         [vocab, hidden] input embeddings, for sequential heads.
+    with_log_probs : bool
+        Also return the log probabilities of those tokens, over the heads' vocabulary.
     """
     if isinstance(heads, TrainableHeads):
         weights = heads.to_weights(lm_head_weight.shape[0], data.hidden.dtype)
@@ -80,6 +85,8 @@ def rank_labels(
     max_rank = min(max_rank, heads.spec.output_size or lm_head_weight.shape[0])
     batch_rows = batch_rows or max(1, _LOGITS_AT_ONCE // (num_heads * lm_head_weight.shape[0]))
     ranks = np.full((data.num_rows, num_heads), MISSED, np.int16)
+    shape = (data.num_rows, num_heads, max_rank)
+    log_probs = np.empty(shape, np.float32) if with_log_probs else None
     labels = data.labels[:, 1 : num_heads + 1].long()
 
     weight_dtype = lm_head_weight.dtype
@@ -97,18 +104,29 @@ def rank_labels(
             hits = top == labels[rows].unsqueeze(2)
             rank = torch.where(hits.any(dim=2), hits.int().argmax(dim=2), MISSED)
             ranks[rows] = rank.to(torch.int16).cpu().numpy()
+            if log_probs is not None:
+                logits = heads.draft_logits(data.hidden[rows], apply_lm_head, path).float()
+                best = logits.log_softmax(-1).topk(max_rank, dim=-1).values
+                log_probs[rows] = best.cpu().numpy()
             advance(rows.stop - start)
-    return HeadRanks(ranks, (labels != IGNORE).cpu().numpy(), data.offsets, max_rank)
+    has_label = (labels != IGNORE).cpu().numpy()
+    return HeadRanks(ranks, has_label, data.offsets, max_rank, log_probs)
 
 
 def rank_answers(
-    model: Any, heads: MedusaHeads | TrainableHeads, answers: ConversationSet, max_rank: int
+    model: Any,
+    heads: MedusaHeads | TrainableHeads,
+    answers: ConversationSet,
+    max_rank: int,
+    with_log_probs: bool = False,
 ) -> HeadRanks:
     """Run the base model over the answers and rank the right tokens under every head."""
     data = extract_hidden_states(model, answers, heads.spec.num_heads)
     lm_head = model.get_output_embeddings().weight.detach()
     embeddings = embedding_weight(model) if heads.spec.sequential else None
-    return rank_labels(heads, data, lm_head, max_rank, embeddings=embeddings)
+    return rank_labels(
+        heads, data, lm_head, max_rank, embeddings=embeddings, with_log_probs=with_log_probs
+    )
 
 
 def joint_best_first(

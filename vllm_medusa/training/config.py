@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from vllm_medusa.config import DYNAMIC_TREE
+
 if TYPE_CHECKING:
     from vllm_medusa.head_weights import HeadSpec
 
@@ -192,3 +194,7 @@ class EvalConfig(_JsonConfig):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1 or null")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        require(
+            self.tree != DYNAMIC_TREE, "tree", self.tree,
+            "one tree for all steps, with which the served steps are compared",
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Exact tokens per step of a static tree under greedy verification of given answers.
+"""Exact tokens per step of trees under greedy verification of given answers.
 
 Under greedy verification the target's next tokens are the answer itself, so which nodes get
 accepted follows from the rank that each head gives the answer's tokens; no model runs here.
@@ -9,6 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from vllm_medusa.tree_candidates import candidate_paths, candidate_tables
+
+# Costs that exist at once while trees are chosen: 2**24 take 64 MB.
+_COSTS_AT_ONCE = 2**24
 
 Path_ = tuple[int, ...]
 
@@ -130,3 +135,74 @@ def accepted_shares(ranks: np.ndarray, offsets: np.ndarray, paths: Sequence[Path
         for length in range(1, len(path) + 1):
             counts[path[:length]] += 1
     return [count / max(len(rows), 1) for count in counts.values()]
+
+
+def chosen_places(
+    # [rows, num_heads] int, MISSED where wrong
+    ranks: np.ndarray,
+    # [rows, num_heads, num_ranks] float32, log probabilities of every head's best tokens
+    log_probs: np.ndarray,
+    num_nodes: int = 63,
+) -> np.ndarray:
+    """Place of every row's right path and its ancestors in the tree chosen there.
+
+    The tree is that of ``tree: dynamic``: the likeliest paths, likeliest first.
+
+    Returns
+    -------
+    numpy.ndarray, [rows, num_heads] int64
+        Column ``k``: nodes before the right node of depth ``k + 1``; ``num_nodes`` where it is
+        not among the first ``num_nodes``.
+
+    Examples
+    --------
+    Nodes in order: (0), (0, 1), (1); the right path is (0, 1).
+
+    >>> log_probs = np.log(np.array([[[0.6, 0.3], [0.1, 0.8]]], np.float32))
+    >>> chosen_places(np.array([[0, 1]]), log_probs, 3).tolist()
+    [[0, 1]]
+    """
+    num_rows, num_heads, num_ranks = log_probs.shape
+    paths = candidate_paths(num_nodes, [num_ranks] * num_heads)
+    columns, _ = candidate_tables(paths, num_heads, num_ranks)
+    right = _candidates_of(ranks, paths)
+    places = np.full((num_rows, num_heads), num_nodes, np.int64)
+    for start in range(0, num_rows, max(1, _COSTS_AT_ONCE // len(paths))):
+        rows = slice(start, start + max(1, _COSTS_AT_ONCE // len(paths)))
+        flat = -log_probs[rows].reshape(-1, num_heads * num_ranks)
+        costs = np.zeros((len(flat), len(paths)), np.float32)
+        for level in columns:
+            costs += np.where(level >= 0, flat[:, level], np.float32(0))
+        for depth in range(num_heads):
+            own = right[rows, depth, None]
+            cost = np.take_along_axis(costs, np.maximum(own, 0), 1)
+            before = (costs < cost) | ((costs == cost) & (np.arange(len(paths)) < own))
+            found = np.minimum(before.sum(1), num_nodes)
+            places[rows, depth] = np.where(own[:, 0] >= 0, found, num_nodes)
+    return places
+
+
+def _candidates_of(ranks: np.ndarray, paths: Sequence[Path_]) -> np.ndarray:
+    """[rows, num_heads] index of each row's path of every length among ``paths``, or -1."""
+    found = np.full(ranks.shape, -1, np.int64)
+    index = {path: place for place, path in enumerate(paths)}
+    for depth in range(1, ranks.shape[1] + 1):
+        distinct, inverse = np.unique(ranks[:, :depth], axis=0, return_inverse=True)
+        places = [index.get(tuple(int(rank) for rank in path), -1) for path in distinct]
+        found[:, depth - 1] = np.array(places, np.int64)[inverse.reshape(-1)]
+    return found
+
+
+def simulate_chosen(
+    ranks: np.ndarray,
+    log_probs: np.ndarray,
+    offsets: np.ndarray,
+    budgets: Sequence[int] = (4, 8, 16, 32, 63),
+) -> dict[int, StepCount]:
+    """Step counts of trees chosen at every step, for each budget; arguments as above."""
+    places = chosen_places(ranks, log_probs, max(budgets))
+    return {
+        # A path is never before its ancestors, so those within the budget are a path.
+        budget: visited_rows((places < budget).sum(1), offsets)[1]
+        for budget in budgets
+    }

@@ -1,0 +1,121 @@
+"""Tokens per step of trees chosen at every step, beside the calibrated tree; simulated exactly.
+
+    python benchmarks/simulate_trees.py --model MODEL --heads HEADS --out record.json
+
+Plain vLLM answers MT-Bench questions greedily.  Under greedy verification those answers decide
+which nodes of a tree are accepted, so one pass of the model over them tells the steps that any
+tree takes: the calibrated one beside the heads, cut to each budget, and the likeliest paths by
+the heads' probabilities at the step, among ten and among sixteen ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from records import write_record
+
+from vllm_medusa.heads import MedusaHeads
+from vllm_medusa.training.acceptance import bootstrap_interval
+from vllm_medusa.training.base_model import load_base, load_heads_for
+from vllm_medusa.training.calibrate import HeadRanks, rank_answers
+from vllm_medusa.training.conversations import ConversationSet
+from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
+from vllm_medusa.training.served_answers import serve_prompts
+from vllm_medusa.training.simulate import accepted_depths, chosen_places, visited_rows
+from vllm_medusa.tree import TokenTree
+
+QUESTIONS = Path(__file__).parent / "data" / "mt_bench_questions.jsonl"
+BUDGETS = (4, 8, 16, 32, 63)
+RANKS = (10, 16)
+RESAMPLES = 2000
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="target model directory")
+    parser.add_argument("--heads", required=True, help="Medusa heads with a tree.json")
+    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--num-questions", type=int, default=80, help="spread over categories")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default=None, help="of the pass over the answers")
+    parser.add_argument("--rows", type=Path, help=".npz for the ranks and log probabilities")
+    return parser.parse_args()
+
+
+def answer_and_rank(args: argparse.Namespace) -> HeadRanks:
+    """The model's own first answers, and what every head thinks of their tokens."""
+    prompts = choose_prompts(read_prompts(args.questions).prompts, args.num_questions)
+    engine = {"model": args.model, "dtype": args.dtype, "max_model_len": args.max_model_len}
+    run = serve_prompts(engine, prompts, {"temperature": 0.0, "max_tokens": args.max_tokens})
+    firsts: dict[int, tuple] = {}
+    for answer in run.answers:
+        firsts.setdefault(answer.prompt_index, (answer.prompt_ids, answer.token_ids))
+    model = load_base(args.model, args.dtype, args.device)
+    heads = MedusaHeads.from_weights(load_heads_for(model, args.heads), model.device)
+    answers = ConversationSet.from_pairs(firsts.values())
+    return rank_answers(model, heads, answers, max(RANKS), with_log_probs=True)
+
+
+def steps_by_question(depths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """[questions] int64: steps that each answer takes."""
+    rows, _ = visited_rows(depths, offsets)
+    return np.histogram(rows, offsets)[0]
+
+
+def compare(ranks: HeadRanks, tree: TokenTree) -> list[dict[str, Any]]:
+    """Tokens per step of every kind of tree, by budget."""
+    tokens = np.diff(ranks.offsets) - 1
+    places = {
+        f"chosen, {top} ranks": chosen_places(
+            np.where(ranks.ranks < top, ranks.ranks, -1), ranks.log_probs[:, :, :top], BUDGETS[-1]
+        )
+        for top in RANKS
+    }
+    rows = []
+    for budget in BUDGETS:
+        depths = {"calibrated": accepted_depths(ranks.ranks, tree.paths[:budget])}
+        depths |= {name: (found < budget).sum(1) for name, found in places.items()}
+        row: dict[str, Any] = {"nodes": budget}
+        for name, found in depths.items():
+            steps = steps_by_question(found, ranks.offsets)
+            row[name] = {
+                "tokens_per_step": float(tokens.sum() / steps.sum()),
+                "interval": bootstrap_interval(tokens.tolist(), steps.tolist(), RESAMPLES, 0),
+                "accepted_by_depth": [
+                    float((found[visited_rows(found, ranks.offsets)[0]] >= depth).mean())
+                    for depth in range(1, ranks.ranks.shape[1] + 1)
+                ],
+            }
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Answer, rank, simulate, print, record."""
+    args = parse_args()
+    tree = TokenTree.load(Path(args.heads) / "tree.json")
+    ranks = answer_and_rank(args)
+    if args.rows is not None:
+        np.savez(args.rows, ranks=ranks.ranks, log_probs=ranks.log_probs, offsets=ranks.offsets)
+    rows = compare(ranks, tree)
+    for row in rows:
+        cells = [f"{k} {v['tokens_per_step']:.3f}" for k, v in row.items() if k != "nodes"]
+        print(f"{row['nodes']:>3} nodes: " + ", ".join(cells), flush=True)
+    record = {
+        "benchmark": "simulate_trees", "model": Path(args.model).name,
+        "heads": Path(args.heads).name, "num_questions": args.num_questions,
+        "max_tokens": args.max_tokens, "dtype": args.dtype,
+        "answer_tokens": int(ranks.offsets[-1]), "rows": rows,
+    }  # fmt: skip
+    write_record(args.out, record)
+
+
+if __name__ == "__main__":
+    main()
