@@ -1,12 +1,13 @@
-"""Tree attention beside vLLM's Triton attention with a query-query bias and FlashAttention 3.
+"""Tree attention beside vLLM's Triton attention, FlashAttention 3, FlashInfer and xformers.
 
     python benchmarks/bench_tree_attention.py --out record.json [--quick] [--tune]
 
 All kernels read the same paged bfloat16 cache.  "fa3+tree" is the two-part route.  The Triton
 peer gets the tree as its ``qq_bias`` (one mask for the whole batch); FlashAttention cannot take
 one and runs the same rows causally, as a chain, which is the cost of verification without a
-tree.  Every output is compared with the PyTorch twin in float32 before it is timed.  A peer
-that is missing or fails is reported in its column.
+tree.  FlashInfer gets a custom mask, xformers (in pages of 64) runs its own tree attention; both
+are left out, with the reason, where they are not installed.  Every output is compared with the
+PyTorch twin in float32 before it is timed.  A peer that fails is reported in its column.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import attention_peers
 import torch
 from records import write_record
 from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
@@ -51,7 +53,7 @@ MODELS = [(32, 8, 128), (32, 32, 128), (9, 3, 64)]
 ALL_SHAPES = [
     Shape(batch, context, rows, *model)
     for model in MODELS
-    for rows in (8, 16, 40, 64)
+    for rows in (8, 16, 40, 64, 128)
     for batch in (1, 4, 8, 16, 32, 64)
     for context in (128, 512, 2048, 8192, 32768)
     # 16 GB of keys and values
@@ -61,8 +63,8 @@ ALL_SHAPES = [
 QUICK_SHAPES = [
     Shape(batch, context, rows, *model)
     for model, cells in {
-        MODELS[0]: [(1, 512, 64), (1, 2048, 40), (1, 2048, 64), (1, 8192, 64), (4, 2048, 64),
-                    (8, 1024, 32), (16, 1024, 16), (8, 4096, 64), (32, 4096, 64)],
+        MODELS[0]: [(1, 512, 64), (1, 2048, 40), (1, 2048, 64), (1, 2048, 128), (1, 8192, 64),
+                    (4, 2048, 64), (8, 1024, 32), (16, 1024, 16), (8, 4096, 64), (32, 4096, 64)],
         MODELS[1]: [(1, 2048, 64), (8, 4096, 64), (32, 4096, 64)],
         MODELS[2]: [(1, 512, 64), (8, 512, 32)],
     }.items()
@@ -72,9 +74,11 @@ QUICK_SECONDS = 110  # after which --quick leaves the rest out
 TUNE_SHAPES = [Shape(8, 2048, 64, *MODELS[0]), Shape(1, 2048, 16, *MODELS[0])]
 
 
-def as_int64(words: list[int]) -> torch.Tensor:
-    """Unsigned 64-bit words as an int64 tensor."""
-    return torch.tensor([word - (word >> 63 << 64) for word in words], device=DEVICE)
+def as_int64(masks: list[int]) -> torch.Tensor:
+    """Unsigned masks as int64 words: ``[rows]``, or ``[2, rows]`` for more than 64 rows."""
+    parts = [[mask >> low & (1 << 64) - 1 for mask in masks] for low in range(0, len(masks), 64)]
+    words = [[word - (word >> 63 << 64) for word in part] for part in parts]
+    return torch.tensor(words if len(words) > 1 else words[0], device=DEVICE)
 
 
 def tree_masks(rows: int) -> torch.Tensor:
@@ -115,7 +119,7 @@ def make_arguments(shape: Shape) -> dict[str, Any]:
         "seq_lens": torch.full(
             (shape.batch,), shape.context + shape.rows, dtype=torch.int32, device=DEVICE
         ),
-        "tree_masks": masks.expand(shape.batch, -1).contiguous(),
+        "tree_masks": masks.expand(shape.batch, *masks.shape).contiguous(),
         "scale": shape.head_size**-0.5,
         "num_reqs": shape.batch,
         "max_query_len": shape.rows,
@@ -144,8 +148,7 @@ def vllm_triton(arguments: dict[str, Any]) -> Callable[[], None]:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
     a, rows = arguments, arguments["max_query_len"]
-    bits = a["tree_masks"][0, :, None] >> torch.arange(rows, device=DEVICE) & 1
-    bias = torch.where(bits.bool(), 0.0, float("-inf")).contiguous()
+    bias = torch.where(attention_peers.ancestor_bits(a), 0.0, float("-inf")).contiguous()
     return lambda: unified_attention(
         q=a["q"], k=a["k_cache"], v=a["v_cache"], out=a["out"],
         cu_seqlens_q=a["query_start_loc"], max_seqlen_q=rows, seqused_k=a["seq_lens"],
@@ -170,7 +173,8 @@ def flash_attention(arguments: dict[str, Any]) -> Callable[[], None]:
 
 def ours_causal(arguments: dict[str, Any]) -> Callable[[], None]:
     """This package's kernel with the masks of a chain: what the tree's mask costs."""
-    chain = chain_masks(arguments["max_query_len"]).expand(arguments["num_reqs"], -1).contiguous()
+    chain = chain_masks(arguments["max_query_len"])
+    chain = chain.expand(arguments["num_reqs"], *chain.shape).contiguous()
     return lambda: tree_attention(**arguments | {"tree_masks": chain})
 
 
@@ -197,6 +201,20 @@ KERNELS: dict[str, Callable] = {
     "tree": ours, "tree-causal": ours_causal, "fa3+tree": two_parts,
     "triton-qq-bias": vllm_triton, "fa3-causal": flash_attention,
 }  # fmt: skip
+PEERS: dict[str, Callable] = {
+    "flashinfer": attention_peers.flashinfer, "xformers": attention_peers.xformers,
+}  # fmt: skip
+
+
+def left_out() -> dict[str, str]:
+    """Peers that are not there, with the reason."""
+    reasons = {name: attention_peers.missing(name) for name in PEERS}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def present() -> dict[str, Callable]:
+    """What is measured here."""
+    return KERNELS | {name: make for name, make in PEERS.items() if name not in left_out()}
 
 
 def measure(
@@ -226,19 +244,20 @@ def floor_us(shape: Shape) -> float:
 def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
     """All kernels on one shape."""
     arguments = make_arguments(shape)
-    chain = chain_masks(shape.rows).expand(shape.batch, -1)
+    chain = chain_masks(shape.rows)
+    chain = chain.expand(shape.batch, *chain.shape)
     want_tree = twin_output(arguments, arguments["tree_masks"])
     want_chain = twin_output(arguments, chain)
     results = {
         name: measure(make, arguments, want_chain if "causal" in name else want_tree, repeats)
-        for name, make in KERNELS.items()
+        for name, make in present().items()
     }
     return {"shape": shape._asdict(), "floor_us": round(floor_us(shape), 2), "kernels": results}
 
 
 def print_row(shape: Shape, row: dict[str, Any]) -> None:
     cells = []
-    for name in KERNELS:
+    for name in present():
         result = row["kernels"][name]
         if "failed" in result:
             cells.append(f"{'failed':>16}")
@@ -301,20 +320,32 @@ def main() -> None:
                 print("  ", entry.get("median"), entry["plan"])
         write_record(args.out, {"benchmark": "tree_attention_plans", "rows": rows})
         return
+    for name, reason in left_out().items():
+        print(f"{name} left out: {reason}")
     print(f"{'microseconds, median ± (p90 - p10), ! = wrong':<38} {'floor':>8} "
-          + " ".join(f"{name:>16}" for name in KERNELS))  # fmt: skip
-    started, rows = time.monotonic(), []
+          + " ".join(f"{name:>16}" for name in present()))  # fmt: skip
+    deadline, rows = math.inf, []
     for shape in QUICK_SHAPES if args.quick else ALL_SHAPES:
-        if args.quick and time.monotonic() - started > QUICK_SECONDS:
+        if time.monotonic() > deadline:
             print(f"{shape} and what follows left out: {QUICK_SECONDS} s are over")
             break
         rows.append(bench_shape(shape, args.repeats))
         print_row(shape, rows[-1])
-    for name in KERNELS:
+        if args.quick and len(rows) == 1:  # which has compiled everything
+            deadline = time.monotonic() + QUICK_SECONDS
+    for name in present():
         reasons = {row["kernels"][name].get("failed") for row in rows} - {None}
         for reason in reasons:
             print(f"{name} failed: {reason}")
-    write_record(args.out, {"benchmark": "tree_attention", "block_size": BLOCK_SIZE, "rows": rows})
+    write_record(
+        args.out,
+        {
+            "benchmark": "tree_attention",
+            "block_size": BLOCK_SIZE,
+            "left_out": left_out(),
+            "rows": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

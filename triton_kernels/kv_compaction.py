@@ -81,8 +81,8 @@ def _compact_kv_kernel(
 
     bits = tl.arange(0, 64 * NUM_WORDS)
     if NUM_WORDS > 1:
-        words = tl.where(bits < 64, path, high_path)
-        is_set = ((words >> (bits & 63).to(tl.uint64)) & 1).to(tl.int32)
+        own_word = tl.where(bits < 64, path, high_path)
+        is_set = ((own_word >> (bits & 63).to(tl.uint64)) & 1).to(tl.int32)
     else:
         is_set = ((path >> bits.to(tl.uint64)) & 1).to(tl.int32)
     order = tl.cumsum(is_set, 0) - 1  # row -> how many accepted rows precede it

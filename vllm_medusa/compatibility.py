@@ -135,7 +135,7 @@ SUPPORTED: tuple[Supported, ...] = (
     ),
     Supported(
         "fp8 (e4m3) KV cache on a GPU",
-        "works; rounds as plain vLLM does, benchmarks/check_float8_cache.py compares answers",
+        "works; answers are compared by benchmarks/check_float8_cache.py",
         "tests/kernels/test_tree_attention.py::test_float8_queries",
     ),
     Supported("Llama, SmolLM3", WORKS, f"{_FAMILIES}[smollm3]"),

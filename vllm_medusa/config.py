@@ -33,6 +33,9 @@ DYNAMIC_TREE = "dynamic"
 # What one 64-bit word a row holds; the kernel that chooses trees writes one.
 MAX_DYNAMIC_NODES = 63
 
+# Who attends to verification rows on a GPU; the first is this project's kernel.
+ATTENTIONS = ("triton", "xformers")
+
 # Used when the checkpoint directory brings no tree.json of its own.
 DEFAULT_TREE = "mc_sim_7b_63"
 
@@ -72,6 +75,8 @@ class MedusaOptions:
     adaptive : bool or None
         Choose the nodes of each step by what steps cost here and what is accepted lately;
         None does so on a GPU unless nodes, tree or schedule were asked for.
+    attention : str
+        Whose tree attention runs on a GPU, one of :data:`ATTENTIONS`.
     """
 
     model: str
@@ -85,6 +90,7 @@ class MedusaOptions:
     typical_delta: float | None = None
     draft_vocab_size: int | None = None
     adaptive: bool | None = None
+    attention: str = ATTENTIONS[0]
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -106,6 +112,10 @@ class MedusaOptions:
             raise ValueError(f"medusa: num_heads={self.num_heads!r} must be a positive integer")
         if self.adaptive is not None and not isinstance(self.adaptive, bool):
             raise ValueError(f"medusa: adaptive={self.adaptive!r} must be true or false")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(
+                f"medusa: attention={self.attention!r} must be one of {', '.join(ATTENTIONS)}"
+            )
         check_acceptance(self.acceptance, self.typical_epsilon, self.typical_delta, "medusa: ")
         if self.draft_vocab_size is not None and not (
             isinstance(self.draft_vocab_size, int)

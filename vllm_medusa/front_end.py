@@ -26,7 +26,10 @@ CPU_WORKER = "vllm_medusa.cpu_worker.MedusaCPUWorker"
 STOCK_WORKERS = ("vllm.v1.worker.gpu_worker.Worker", "vllm.v1.worker.cpu_worker.CPUWorker")
 SYNC_SCHEDULER = "vllm_medusa.scheduler.MedusaScheduler"
 ASYNC_SCHEDULER = "vllm_medusa.scheduler.MedusaAsyncScheduler"
-CUDA_BACKEND = "vllm_medusa.attention_backend.TreeAttentionBackend"
+CUDA_BACKENDS = {
+    "triton": "vllm_medusa.attention_backend.TreeAttentionBackend",
+    "xformers": "vllm_medusa.xformers_attention.XformersTreeBackend",
+}
 CPU_BACKEND = "vllm_medusa.cpu_attention_backend.TreeCPUAttentionBackend"
 
 
@@ -136,7 +139,11 @@ def prepare_engine_args(engine_args: Any) -> None:
             f"attention_backend={name!r} cannot verify token trees; leave it unset (prefill and "
             "plain decode still go to FlashAttention)"
         )
-    register_backend(ours, CUDA_BACKEND)
+    given = engine_args.speculative_config
+    attention = given.get("attention") if isinstance(given, dict) else None
+    # An unknown name is refused with the config, which is made later.
+    register_backend(ours, CUDA_BACKENDS.get(attention, CUDA_BACKENDS["triton"]))
+    vllm_seams.forget_attention_choices()
     engine_args.attention_backend = ours
 
 

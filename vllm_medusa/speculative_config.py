@@ -19,6 +19,7 @@ from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.config import (
     ACCEPTANCE_RULES,
+    ATTENTIONS,
     MEDUSA_METHOD,
     TYPICAL_EPSILON,
     MedusaOptions,
@@ -26,6 +27,7 @@ from vllm_medusa.config import (
 )
 from vllm_medusa.start_choices import (
     budget_for_machine,
+    check_attention,
     check_dynamic,
     choose_draft_vocabulary,
     choose_frequencies,
@@ -51,6 +53,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
 
     tree_paths: tuple[tuple[int, ...], ...] = ()
     """Rank path of every node, parents first, cut to the budget."""
+    attention: str = ATTENTIONS[0]
+    """Whose tree attention runs on a GPU."""
     dynamic_tree: bool = False
     """Whether requests choose a tree at every step; ``tree_paths`` is for those that cannot."""
     num_medusa_heads: int = 0
@@ -140,6 +144,7 @@ def create_medusa_config(
         Unknown keys, heads that do not fit the target, impossible tree.
     """
     options = MedusaOptions.from_speculative_config(speculative_config)
+    check_attention(options)
     # The whole file is read here, in the user's own process, so that a bad one is
     # refused before engine and workers start; they read it again from the page cache.
     with one_thread():
@@ -184,6 +189,7 @@ def create_medusa_config(
         num_speculative_tokens=tree.num_nodes,
         tree_paths=tree.paths,
         num_speculative_tokens_per_batch_size=schedule,
+        attention=options.attention,
         dynamic_tree=options.dynamic_tree,
         num_medusa_heads=used_heads,
         acceptance=options.acceptance,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_medusa.config import (
+    ATTENTIONS,
     DEFAULT_NODE_BUDGET,
     DEFAULT_TREE,
     DYNAMIC_TREE,
@@ -203,6 +205,23 @@ def usable_heads(options: MedusaOptions, spec: HeadSpec, parallel_config: Any) -
             f"medusa: num_heads={options.num_heads} but {options.model} holds {spec.num_heads}"
         )
     return options.num_heads
+
+
+def check_attention(options: MedusaOptions) -> None:
+    """Refuse xformers' tree attention where it cannot run or sees one tree where there are many."""
+    if options.attention == ATTENTIONS[0]:
+        return
+    reason = None
+    if not current_platform.is_cuda():
+        reason = "its kernels need an NVIDIA GPU"
+    elif find_spec("xformers") is None:
+        reason = "it is not installed; pip install vllm-medusa[xformers]"
+    elif options.dynamic_tree:
+        reason = f"it knows one tree for a whole batch, tree={DYNAMIC_TREE!r} makes many"
+    if reason is not None:
+        raise ValueError(
+            f"medusa: attention={options.attention!r}: {reason}; or leave attention out"
+        )
 
 
 def check_dynamic(

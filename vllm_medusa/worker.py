@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_medusa.front_end import CUDA_BACKEND
+from vllm_medusa.front_end import CUDA_BACKENDS
 from vllm_medusa.step_timer import measure_steps
 
 
@@ -16,7 +16,8 @@ class MedusaWorker(Worker):
 
     def init_device(self) -> None:
         """Register the attention backend in this process, then start as usual."""
-        register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKEND)
+        attention = self.vllm_config.speculative_config.attention
+        register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKENDS[attention])
         super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:

@@ -11,7 +11,6 @@ step.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,11 +27,6 @@ from vllm_medusa.tree import TokenTree
 
 PAGE_KEYS = 64  # of the Triton kernel that reads the context
 HEAD_SIZES = (64, 128, 256)  # of both, powers of two
-
-
-def is_installed() -> bool:
-    """Whether xformers can be imported."""
-    return find_spec("xformers") is not None
 
 
 def tree_bias(

@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_cases import NAMED_TREES, cumulated, depths_of, mask_table, padded_rows, random_parents
 
 from vllm_medusa.triton_kernels import reference, scatter_tree
@@ -16,6 +18,8 @@ def make_inputs(trees, *, contexts, tree_rows, query_lens, idx_mapping, num_tree
     num_slots = max([*idx_mapping, 0]) + 2
     depth_rows, table_trees = [[POISON]] * num_slots, [None] * num_slots
     for idx, parents in zip(idx_mapping, trees, strict=False):
+        if idx < 0:
+            continue
         depth_rows[idx], table_trees[idx] = depths_of(parents), parents
     masks = mask_table(table_trees, width, POISON)
     positions = [c + i for c, n in zip(contexts, query_lens, strict=True) for i in range(n)]
@@ -86,6 +90,33 @@ def test_random_batches_leave_other_requests_alone(device, seed):
     untouched = slice(ends[num_tree_reqs], None)
     assert torch.equal(positions[untouched], inputs["positions"][untouched])
     assert (step_masks[num_tree_reqs:] == POISON).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), width=st.integers(1, 128), num_reqs=st.integers(1, 5))
+def test_any_width(device, seed, width, num_reqs):
+    """Positions and words of every tree row, by the definition; all else as it was."""
+    rng = random.Random(seed)
+    trees = [random_parents(rng, rng.randrange(width)) for _ in range(num_reqs)]
+    tree_rows = [rng.randint(0, len(tree)) for tree in trees]
+    query_lens = [n + rng.choice([0, 2]) for n in tree_rows]
+    inputs = make_inputs(
+        trees, contexts=[rng.randrange(2**31, 2**32) for _ in trees], tree_rows=tree_rows,
+        query_lens=query_lens, idx_mapping=rng.sample(range(-1, num_reqs + 1), num_reqs),
+        num_tree_reqs=num_reqs, width=width,
+    )  # fmt: skip
+    positions, step_masks = both(inputs, device)
+    want, ends = inputs["positions"].clone(), inputs["query_start_loc"].tolist()
+    for r, idx in enumerate(inputs["idx_mapping"].tolist()):
+        if idx < 0:
+            assert (step_masks[r] == POISON).all()
+            continue
+        assert torch.equal(step_masks[r], mask_table([trees[r]], width, POISON)[0])
+        root = ends[r + 1] - tree_rows[r]
+        depths = torch.tensor(depths_of(trees[r])[: tree_rows[r]], dtype=torch.int64)
+        if tree_rows[r]:
+            want[root : ends[r + 1]] = want[root] + depths
+    assert torch.equal(positions, want)
 
 
 def test_request_without_tree_slot_is_left_untouched(device):
