@@ -90,8 +90,7 @@ class MedusaProposer(DraftModelSpeculator):
             )
         ).first_heads(self.num_heads)
         size = self.speculative_config.draft_vocab_size
-        by_parts = not (weights.spec.sequential or self.speculative_config.dynamic_tree)
-        if get_tensor_model_parallel_world_size() > 1 and by_parts:
+        if get_tensor_model_parallel_world_size() > 1 and not weights.spec.sequential:
             self.sharded = shard_heads(weights, target_model, size, self.device)
         if self.sharded is not None:
             self.sharded.allocate(self.max_num_reqs, self.num_top)

@@ -14,6 +14,8 @@ import torch
 from vllm.distributed import get_pp_group, get_tp_group, get_world_group
 from vllm.distributed.parallel_state import GroupCoordinator
 
+from vllm_medusa.triton_kernels.checks import WORD_BITS
+
 T = TypeVar("T")
 
 CHECK_VARIABLE = "VLLM_MEDUSA_CHECK_RANKS"
@@ -84,8 +86,8 @@ class RankCheck:
         self.runner = runner
         self.step = 0
         self.walk: tuple = ()
-        # Step -> request slot -> (root position, path mask).
-        self.moved: dict[int, dict[int, tuple[int, int]]] = {}
+        # Step -> request slot -> (root position, path mask's words).
+        self.moved: dict[int, dict[int, tuple[int, tuple[int, ...]]]] = {}
         group = get_pp_group()
         # An earlier stage hears of a walk as many steps later as there are stages.
         self.delay = 0 if group.is_last_rank else group.world_size
@@ -104,14 +106,21 @@ class RankCheck:
         """Remember a walk and the rows that it moves."""
         slots, counts = idx_mapping.tolist(), num_sampled.tolist()
         tokens, computed = sampled_tokens.tolist(), num_computed_tokens.tolist()
-        width = self.runner.decode_query_len
         self.walk = (slots, counts, tokens)
         moved = self.moved.setdefault(self.step - self.delay, {})
         for slot, count, row in zip(slots, counts, tokens, strict=True):
-            # The root stays; a path that fills every column has a token where the mask would be.
-            mask = row[-1] & ~1 if len(row) == width and count < width else 0
             if slot >= 0 and count > 0:
-                moved[slot] = (computed[slot] - count, mask)
+                moved[slot] = (computed[slot] - count, self._path(row, count))
+
+    def _path(self, row: list[int], count: int) -> tuple[int, ...]:
+        """Mask words of the rows that move in an output row; none where none does."""
+        width = self.runner.decode_query_len
+        # A path that fills every column has a token where the mask would be, and nothing moves.
+        if len(row) < width or count == width:
+            return ()
+        first, *more = row[-2:] if width > WORD_BITS else row[-1:]
+        words = (first & ~1, *more)  # the root stays
+        return words if any(words) else ()
 
     def compare(self) -> None:
         """Compare the last step's walk, its drafts, and the moves that all stages have done.

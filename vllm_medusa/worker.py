@@ -23,7 +23,8 @@ class MedusaWorker(Worker):
         """Warm up and capture as usual; then time the steps, where their nodes follow the time."""
         times = super().compile_or_warm_up_model()
         config = self.vllm_config.speculative_config
-        if config.node_frequencies:
+        # With pipeline stages a stage's own time is not the step's.
+        if config.node_frequencies and self.parallel_config.pipeline_parallel_size == 1:
             costs = measure_steps(self.model_runner)
             if self.rank == 0:
                 costs.save(config.costs_file(self.vllm_config.instance_id))
