@@ -67,6 +67,13 @@ class TreeRunnerMixin:
         if self.model_config.uses_mrope:
             follow_depths(self.model_state, self.tree_batch)
 
+    def head_bytes(self) -> int:
+        """Bytes of the heads on this rank; only the last pipeline stage has any."""
+        if self.speculator is None:
+            return 0
+        tensors = [*self.speculator.model.parameters(), *self.speculator.model.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         """Allocate the cache, give the builders this runner's trees, find the layers to compact."""
         super().initialize_kv_cache(*args, **kwargs)

@@ -34,3 +34,7 @@ class MedusaWorker(Worker):
         from vllm_medusa.runner import MedusaModelRunner
 
         return MedusaModelRunner(self.vllm_config, self.device)
+
+    def medusa_head_bytes(self) -> int:
+        """Memory that the heads take on this rank, for ``LLM.collective_rpc``."""
+        return self.model_runner.head_bytes()
