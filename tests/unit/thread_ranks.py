@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_medusa import sharded_draft
+from vllm_medusa import rank_agreement, sharded_draft
 
 
 class ThreadRanks:
@@ -30,7 +30,7 @@ class ThreadRanks:
         return found
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Put these ranks where the module under test finds vLLM's."""
+        """Stand as the tensor-parallel ranks of ``sharded_draft``."""
         for name, value in {
             "get_tensor_model_parallel_rank": lambda: self.local.rank,
             "get_tensor_model_parallel_world_size": lambda: self.world_size,
@@ -39,6 +39,19 @@ class ThreadRanks:
             "all_agree": lambda own: all(self.exchange(own)),
         }.items():
             monkeypatch.setattr(sharded_draft, name, value)
+
+    def install_groups(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        """Stand as the ``tensor`` or ``pipeline`` ranks of ``rank_agreement``."""
+
+        def gather(group: Group, own: Any) -> list[Any]:
+            return self.exchange(own) if group.is_ours else [own]
+
+        groups = {"get_tp_group": kind == "tensor", "get_pp_group": kind == "pipeline",
+                  "get_world_group": True}  # fmt: skip
+        for name, is_ours in groups.items():
+            group = Group(self, is_ours)
+            monkeypatch.setattr(rank_agreement, name, lambda group=group: group)
+        monkeypatch.setattr(rank_agreement, "gather_objects", gather)
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
         """``function(rank)`` of every rank at once; the first error of a rank is raised."""
@@ -60,3 +73,21 @@ class ThreadRanks:
         if errors:
             raise errors[0]
         return results
+
+
+class Group:
+    """What of vLLM's group coordinator is read; ranks of another kind are alone."""
+
+    def __init__(self, ranks: ThreadRanks, is_ours: bool):
+        self.ranks, self.is_ours = ranks, is_ours
+        self.world_size = ranks.world_size if is_ours else 1
+
+    @property
+    def rank(self) -> int:
+        """Of the calling thread."""
+        return self.ranks.local.rank
+
+    @property
+    def is_last_rank(self) -> bool:
+        """Whether no stage comes after the calling thread's."""
+        return not self.is_ours or self.rank == self.world_size - 1
