@@ -171,7 +171,11 @@ class MedusaProposer(DraftModelSpeculator):
             token_rows = input_batch.logits_indices
         else:
             token_rows = input_batch.logits_indices[last_rows]
-        return self.draft(last_hidden_states[token_rows], input_batch.idx_mapping)
+        slots = input_batch.idx_mapping
+        if kwargs.get("dummy_run"):
+            # Its rows are no requests, but their slots may be those of requests that wait.
+            slots = torch.full_like(slots, -1)
+        return self.draft(last_hidden_states[token_rows], slots)
 
     def draft(
         self,

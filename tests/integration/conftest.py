@@ -64,6 +64,24 @@ def run_series(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
     return run
 
 
+@pytest.fixture(scope="session")
+def cluster_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment in which every process finds the tests' plugin, and ranks are compared."""
+    import cluster_plugin
+
+    return {
+        "PYTHONPATH": os.pathsep.join(
+            [cluster_plugin.install(tmp_path_factory.mktemp("plugin")), _paths()]
+        ),
+        cluster_plugin.RAY_VARIABLE: "1",
+        cluster_plugin.ASYNC_VARIABLE: "1",
+        "VLLM_MEDUSA_CHECK_RANKS": "1",
+        "VLLM_CPU_CI_ENV": "1",
+        # Steps of tiny models: a rank that waits for a dead one must not do so for minutes.
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "60",
+    }
+
+
 def _run_script(script: str, folder: Path, order: dict, env: dict | None, timeout: int) -> dict:
     """Hand ``order`` to a script in a process of its own and return what it wrote."""
     source, target = folder / "order.json", folder / "result.json"
