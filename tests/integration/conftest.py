@@ -57,9 +57,9 @@ def run_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
 def run_series(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
     """``run_series({name: job}) -> {name: result or {"error": text}}``, all in one process."""
 
-    def run(jobs: dict[str, dict], env: dict | None = None) -> dict:
+    def run(jobs: dict[str, dict], env: dict | None = None, prefix: tuple[str, ...] = ()) -> dict:
         folder = tmp_path_factory.mktemp("series")
-        return _run_script("engine_series.py", folder, jobs, env, SERIES_TIMEOUT_S)
+        return _run_script("engine_series.py", folder, jobs, env, SERIES_TIMEOUT_S, prefix)
 
     return run
 
@@ -82,12 +82,19 @@ def cluster_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def _run_script(script: str, folder: Path, order: dict, env: dict | None, timeout: int) -> dict:
+def _run_script(
+    script: str,
+    folder: Path,
+    order: dict,
+    env: dict | None,
+    timeout: int,
+    prefix: tuple[str, ...] = (),  # a command that runs the rest, such as "ip netns exec NAME"
+) -> dict:
     """Hand ``order`` to a script in a process of its own and return what it wrote."""
     source, target = folder / "order.json", folder / "result.json"
     source.write_text(json.dumps(order))
     process = subprocess.run(
-        [sys.executable, str(HERE / script), str(source), str(target)],
+        [*prefix, sys.executable, str(HERE / script), str(source), str(target)],
         env={**os.environ, "PYTHONPATH": _paths(), **(env or {})},
         capture_output=True,
         text=True,
