@@ -84,22 +84,26 @@ def ask_nodes(placement_group: Any, runtime_env: Any) -> list[dict[str, Any]]:
 
     def report() -> dict[str, Any]:
         # Runs where vllm_medusa may be missing: Ray sends this function's code along.
-        import importlib
         import importlib.metadata
+        import importlib.util
+        import runpy
         import socket
         import sys
+        from pathlib import Path
 
-        def version(module: str) -> str | None:
-            try:
-                return importlib.import_module(module).__version__
-            except ImportError:
-                return None
-
+        try:
+            from vllm_medusa import __version__ as medusa
+        except ImportError:
+            medusa = None
+        vllm = importlib.util.find_spec("vllm")
+        if vllm is not None:
+            # Importing vLLM takes seconds.
+            vllm = runpy.run_path(str(Path(vllm.origin).with_name("_version.py")))["__version__"]
         points = importlib.metadata.entry_points(group="vllm.general_plugins")
         return {
             "node": f"{socket.gethostname()} ({ray.util.get_node_ip_address()})",
-            "medusa": version("vllm_medusa"),
-            "vllm": version("vllm.version"),
+            "medusa": medusa,
+            "vllm": vllm,
             "entry_point": any(point.value.startswith("vllm_medusa.") for point in points),
             "python": sys.executable,
         }

@@ -65,6 +65,16 @@ def run_series(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
 
 
 @pytest.fixture(scope="session")
+def run_replicas(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+    """``run_replicas(job) -> result`` of an engine with ``data_parallel_size``."""
+
+    def run(job: dict, env: dict | None = None) -> dict:
+        return _run_script("dp_job.py", tmp_path_factory.mktemp("dp"), job, env, JOB_TIMEOUT_S)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def cluster_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment in which every process finds the tests' plugin, and ranks are compared."""
     import cluster_plugin

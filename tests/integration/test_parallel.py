@@ -75,3 +75,13 @@ def test_comparison_sees_a_stage_that_does_not_compact(tiny, run_series, cluster
     env = cluster_env | {cluster_plugin.MISBEHAVIOUR: "earlier stages do not compact"}
     broken = run_series({"pipeline": job(tiny, **TWO["pipeline"])}, env)["pipeline"]
     assert token_ids(broken) != token_ids(results["one"])
+
+
+def test_two_replicas_return_what_one_returns(tiny, run_replicas, cluster_env, results):
+    """The last batch is one request: the other replica has nothing to do meanwhile."""
+    wanted = job(tiny, data_parallel_size=2)
+    first = wanted["batches"][0]
+    alone = {"prompts": first["prompts"][:1], "sampling": first["sampling"][:1]}
+    found = token_ids(run_replicas(wanted | {"batches": [*wanted["batches"], alone]}, cluster_env))
+    expected = token_ids(results["one"])
+    assert found == [*expected, expected[0][:1]]
