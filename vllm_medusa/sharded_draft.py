@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -121,26 +122,27 @@ class ShardedDraft:
     ) -> torch.Tensor:
         """This rank's best tokens as :func:`sort_keys`, [num_reqs, num_heads, num_top] int64."""
         num_reqs, num_heads = hidden.shape[0], self.heads.spec.num_heads
-        shape = (num_reqs, num_heads, self.num_top)
-        keys = torch.full(shape, _NO_KEY, dtype=torch.int64, device=hidden.device)
         if self.num_own == 0:
             if self.heads.gather_columns is not None:
                 self.heads.forward_hidden(hidden)  # the other ranks wait for its columns
-            return keys
-        logits = self.heads.draft_logits(hidden, self.apply_lm_head)
-        # Matrices of their own leave the heads outside; rows must not be copied.
-        by_head = logits.stride(0) < logits.stride(1)
-        rows = (logits.transpose(0, 1) if by_head else logits).flatten(0, 1)
-        # vLLM pads the last shards of a vocabulary.
-        rows = rows[:, : self.ids.stop - self.ids.start]
-        best = torch.empty(rows.shape[0], self.num_own, dtype=torch.int64, device=rows.device)
-        draft_tree(
-            best, rows[:, None], self.columns, num_top=self.num_own, workspace=self.workspace
-        )
-        own = sort_keys(rows.gather(1, best), best + self.ids.start)
-        own = own.view(num_heads, num_reqs, -1).transpose(0, 1) if by_head else own
-        keys[..., : self.num_own] = own.view(num_reqs, num_heads, -1)
-        return keys
+            keys = hidden.new_empty(num_reqs, num_heads, 0, dtype=torch.int64)
+        else:
+            logits = self.heads.draft_logits(hidden, self.apply_lm_head)
+            # Matrices of their own leave the heads outside; rows must not be copied.
+            by_head = logits.stride(0) < logits.stride(1)
+            rows = (logits.transpose(0, 1) if by_head else logits).flatten(0, 1)
+            # vLLM pads the last shards of a vocabulary.
+            rows = rows[:, : self.ids.stop - self.ids.start]
+            best = torch.empty(rows.shape[0], self.num_own, dtype=torch.int64, device=rows.device)
+            draft_tree(
+                best, rows[:, None], self.columns, num_top=self.num_own, workspace=self.workspace
+            )
+            keys = sort_keys(rows.gather(1, best), best + self.ids.start)
+            if by_head:
+                keys = keys.view(num_heads, num_reqs, -1).transpose(0, 1)
+            keys = keys.reshape(num_reqs, num_heads, -1)
+        missing = self.num_top - self.num_own
+        return functional.pad(keys, (0, missing), value=_NO_KEY) if missing else keys.contiguous()
 
     def draft(
         self,
