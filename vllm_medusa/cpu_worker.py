@@ -36,3 +36,7 @@ class MedusaCPUWorker(CPUWorker):
         register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
         with vllm_seams.cpu_runner_class(MedusaCPUModelRunner):
             super().init_device()
+
+    def medusa_head_bytes(self) -> int:
+        """Memory that the heads take on this rank, for ``LLM.collective_rpc``."""
+        return self.model_runner.head_bytes()

@@ -42,13 +42,8 @@ def cut_lm_head(weights: HeadWeights, target: Any, size: int | None) -> HeadWeig
     """
     spec = weights.spec
     lm_head = _whole_lm_head(target, spec.vocab_size, spec.hidden_size)
-    if spec.own_lm_head or spec.vocab_subset_per_head or lm_head is None:
-        return weights
-    if weights.token_map is not None:
-        ids = weights.token_map[0]
-    elif size is not None and size < spec.vocab_size:
-        ids = torch.arange(size)
-    else:
+    ids = drafted_ids(weights, size)
+    if ids is None or lm_head is None:
         return weights
     return dataclasses.replace(
         weights,
@@ -60,13 +55,30 @@ def cut_lm_head(weights: HeadWeights, target: Any, size: int | None) -> HeadWeig
     )
 
 
-def _whole_lm_head(target: Any, vocab_size: int | None, hidden_size: int) -> torch.Tensor | None:
-    """[>= vocab_size, hidden_size] of the target, where this rank holds all of it as floats."""
+def drafted_ids(weights: HeadWeights, size: int | None) -> torch.Tensor | None:
+    """Ids [n] that heads with a shared lm_head score; None: all, or each head its own."""
+    spec = weights.spec
+    if spec.own_lm_head or spec.vocab_subset_per_head:
+        return None
+    if weights.token_map is not None:
+        return weights.token_map[0]
+    return torch.arange(size) if size is not None and size < spec.vocab_size else None
+
+
+def floating_lm_head(target: Any, hidden_size: int) -> Any | None:
+    """The target's lm_head layer, if its rows are plain floats and it has no bias."""
     lm_head = getattr(target, "lm_head", None)
     weight = getattr(lm_head, "weight", None)
-    if weight is None or vocab_size is None or not weight.is_floating_point():
+    if weight is None or not weight.is_floating_point() or weight.ndim != 2:
         return None
-    if getattr(lm_head, "bias", None) is not None:
+    if getattr(lm_head, "bias", None) is not None or weight.shape[1] != hidden_size:
         return None
-    whole = weight.ndim == 2 and weight.shape[0] >= vocab_size and weight.shape[1] == hidden_size
-    return weight.data if whole else None
+    return lm_head
+
+
+def _whole_lm_head(target: Any, vocab_size: int | None, hidden_size: int) -> torch.Tensor | None:
+    """[>= vocab_size, hidden_size] of the target, where this rank holds all of it as floats."""
+    lm_head = floating_lm_head(target, hidden_size)
+    if lm_head is None or vocab_size is None or lm_head.weight.shape[0] < vocab_size:
+        return None
+    return lm_head.weight.data

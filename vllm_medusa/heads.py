@@ -56,6 +56,8 @@ class MedusaHeads(nn.Module):
             self.token_map = ids.repeat(spec.num_token_maps, 1)
         # [m, hidden_size] -> [m, output_size]: a faster product of a common lm_head
         self.lm_head_product: Callable[[torch.Tensor], torch.Tensor] | None = None
+        # [..., columns held] -> [..., hidden_size], where `weight` and `bias` were cut
+        self.gather_columns: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @classmethod
     def from_weights(
@@ -137,14 +139,17 @@ class MedusaHeads(nn.Module):
             bias = None if self.bias is None else self.bias[layer]
             if layer == 0:
                 flat_weight = self.weight[0].flatten(0, 1)
-                update = functional.linear(hidden, flat_weight).view_as(states)
+                update = functional.linear(hidden, flat_weight).unflatten(1, (spec.num_heads, -1))
                 if self.path_weight is not None:
                     update = update + path_updates(self.path_weight, path_embeddings)
             else:
                 update = torch.einsum("nkd,ked->nke", states, self.weight[layer])
             if bias is not None:
                 update = update + bias
-            states = states + functional.silu(update)
+            update = functional.silu(update)
+            if self.gather_columns is not None:
+                update = self.gather_columns(update)
+            states = states + update
         return states.transpose(0, 1)
 
     def forward(

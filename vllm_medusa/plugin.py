@@ -26,7 +26,8 @@ def register() -> None:
             changed,
         )
         return
-    from vllm_medusa import front_end
+    from vllm_medusa import cluster_seams, front_end
+    from vllm_medusa.ray_nodes import check_nodes
     from vllm_medusa.request_options import RequestOptions
     from vllm_medusa.speculative_config import is_medusa
 
@@ -34,6 +35,7 @@ def register() -> None:
     vllm_seams.install_front_end(front_end)
     vllm_seams.install_config_gates(is_medusa)
     vllm_seams.install_request_gate(is_medusa, RequestOptions.of)
+    cluster_seams.after_ray_placement(check_nodes)
 
 
 def before_engine_args() -> None:

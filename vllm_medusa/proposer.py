@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -19,7 +20,9 @@ from vllm_medusa.draft_vocabulary import cut_lm_head
 from vllm_medusa.dynamic_tree import DynamicDrafter
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.kernels import DraftWorkspace, draft_tree
+from vllm_medusa.rank_agreement import on_every_rank
 from vllm_medusa.sequential_draft import SequentialDrafter
+from vllm_medusa.sharded_draft import ShardedDraft, shard_heads
 from vllm_medusa.tree_batch import TreeBatch
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ class MedusaProposer(DraftModelSpeculator):
         self.last_sampled = last_sampled
         self.drafter: SequentialDrafter | DynamicDrafter | None = None
         self.workspace: DraftWorkspace | None = None
+        self.sharded: ShardedDraft | None = None
         self.verification_step: VerificationStep | None = None
         self.step_graphs: CudaGraphManager | None = None
         tree = tree_batch.tree
@@ -74,24 +78,32 @@ class MedusaProposer(DraftModelSpeculator):
         )
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]):
-        """Load the heads; a shared lm_head is the target's own, on every rank."""
+        """Load the heads, or this tensor-parallel rank's part of them."""
         model_config = self.vllm_config.model_config
-        weights = load_heads(
-            self.speculative_config.model,
-            hidden_size=model_config.get_hidden_size(),
-            vocab_size=model_config.get_vocab_size(),
-            dtype=self.dtype,
-            base_model=model_config.model,
-        )
-        size = self.speculative_config.draft_vocab_size
-        weights = cut_lm_head(weights.first_heads(self.num_heads), target_model, size)
-        if size is not None and weights.lm_head is None:
-            logger.info(
-                "Medusa: the heads score all ids, not the first %d: the target's lm_head is "
-                "sharded, quantised or has a bias",
-                size,
+        weights = on_every_rank(
+            lambda: load_heads(
+                self.speculative_config.model,
+                hidden_size=model_config.get_hidden_size(),
+                vocab_size=model_config.get_vocab_size(),
+                dtype=self.dtype,
+                base_model=model_config.model,
             )
-        heads = MedusaHeads.from_weights(weights, self.device)
+        ).first_heads(self.num_heads)
+        size = self.speculative_config.draft_vocab_size
+        if get_tensor_model_parallel_world_size() > 1 and not weights.spec.sequential:
+            self.sharded = shard_heads(weights, target_model, size, self.device)
+        if self.sharded is not None:
+            self.sharded.allocate(self.max_num_reqs, self.num_top)
+            heads = self.sharded.heads
+        else:
+            weights = cut_lm_head(weights, target_model, size)
+            if size is not None and weights.lm_head is None:
+                logger.info(
+                    "Medusa: the heads score all ids, not the first %d: the target's lm_head is "
+                    "sharded, quantised or has a bias",
+                    size,
+                )
+            heads = MedusaHeads.from_weights(weights, self.device)
         if self.device.type == "cpu":
             from vllm_medusa.cpu_linear import pack_lm_head
 
@@ -103,7 +115,7 @@ class MedusaProposer(DraftModelSpeculator):
             object.__setattr__(self, "embed_tokens", target_model.embed_input_ids)
         elif self.speculative_config.dynamic_tree:
             self.drafter = DynamicDrafter(self.tree_batch, self.num_heads, heads.spec.output_size)
-        else:
+        elif self.sharded is None:
             rows = self.max_num_reqs * self.num_heads
             self.workspace = DraftWorkspace.allocate(rows, heads.spec.output_size, self.device)
         return heads
@@ -159,7 +171,11 @@ class MedusaProposer(DraftModelSpeculator):
             token_rows = input_batch.logits_indices
         else:
             token_rows = input_batch.logits_indices[last_rows]
-        return self.draft(last_hidden_states[token_rows], input_batch.idx_mapping)
+        slots = input_batch.idx_mapping
+        if kwargs.get("dummy_run"):
+            # Its rows are no requests, but their slots may be those of requests that wait.
+            slots = torch.full_like(slots, -1)
+        return self.draft(last_hidden_states[token_rows], slots)
 
     def draft(
         self,
@@ -174,6 +190,9 @@ class MedusaProposer(DraftModelSpeculator):
             roots = self.last_sampled.view(-1)[slots.clamp(min=0)].long()
             drafts = self.drafter.draft(hidden, roots, self.embed_tokens, self.compute_base_logits)
             return out.copy_(drafts)
+        if self.sharded is not None:
+            self.sharded.draft(out, hidden, self.node_columns)
+            return out
         logits = self.model.draft_logits(hidden, self.compute_base_logits)
         token_map = self.model.token_map
         if self.drafter is not None:

@@ -19,6 +19,7 @@ from vllm_medusa.compaction import PathCompactor
 from vllm_medusa.kernels import WalkOutput
 from vllm_medusa.lora_rows import TreeLoraState, base_logits
 from vllm_medusa.proposer import MedusaProposer
+from vllm_medusa.rank_agreement import RankCheck, check_is_on
 from vllm_medusa.request_options import RequestOptions, keeps_start_up_tree
 from vllm_medusa.rope_positions import follow_depths
 from vllm_medusa.tree_batch import TreeBatch
@@ -37,6 +38,7 @@ class TreeRunnerMixin:
         )
         self.path_compactor: PathCompactor | None = None
         self.verification_step: VerificationStep | None = None
+        self.rank_check: RankCheck | None = None
 
         def make_proposer(config: Any, target: torch.device, req_states: Any) -> MedusaProposer:
             return MedusaProposer(config, target, self.tree_batch, req_states.last_sampled_tokens)
@@ -45,6 +47,8 @@ class TreeRunnerMixin:
             super().__init__(vllm_config, device)
         if self.lora_config is not None:
             self.lora_state = TreeLoraState(max_num_reqs, self.tree_batch)
+        if check_is_on():
+            self.rank_check = RankCheck(self)
 
     def load_model(self, *args, **kwargs) -> None:
         """Load the target, then put the tree verifier where vLLM keeps its rejection sampler."""
@@ -63,6 +67,13 @@ class TreeRunnerMixin:
         if self.model_config.uses_mrope:
             follow_depths(self.model_state, self.tree_batch)
 
+    def head_bytes(self) -> int:
+        """Bytes of the heads on this rank; only the last pipeline stage has any."""
+        if self.speculator is None:
+            return 0
+        tensors = [*self.speculator.model.parameters(), *self.speculator.model.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         """Allocate the cache, give the builders this runner's trees, find the layers to compact."""
         super().initialize_kv_cache(*args, **kwargs)
@@ -71,6 +82,18 @@ class TreeRunnerMixin:
                 for builder in group.metadata_builders:
                     builder.tree_batch = self.tree_batch
         self.path_compactor = PathCompactor.for_runner(self)
+
+    def update_pp_decode_requests(self) -> None:
+        """Advance an earlier stage's requests by what the last stage sampled for them."""
+        if self.rank_check is not None:
+            self.rank_check.begin_step()
+        super().update_pp_decode_requests()
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample as vLLM does; first compare the ranks' last step if the user asked for it."""
+        if self.rank_check is not None:
+            self.rank_check.compare()
+        return super().sample_tokens(grammar_output)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Register requests; remember how each is verified, and which a graph may sample."""
@@ -143,18 +166,22 @@ class TreeRunnerMixin:
 
         Nothing is left to do where the step's graph has done both.
         """
+        num_computed = self.req_states.num_computed_tokens.gpu
+        if self.tree_batch.drafts is None:
+            super().postprocess_sampled(
+                idx_mapping, sampled_tokens, num_sampled, num_rejected, query_start_loc
+            )
+        if self.rank_check is not None:
+            self.rank_check.note(idx_mapping, sampled_tokens, num_sampled, num_computed)
         if self.tree_batch.drafts is not None:
             return
-        super().postprocess_sampled(
-            idx_mapping, sampled_tokens, num_sampled, num_rejected, query_start_loc
-        )
         # One column means that no request of the batch had drafts.
         if sampled_tokens.shape[1] == self.decode_query_len and self.path_compactor is not None:
             self.path_compactor.compact(
                 idx_mapping,
                 sampled_tokens,
                 num_sampled,
-                self.req_states.num_computed_tokens.gpu,
+                num_computed,
             )
 
     def finish_advance(

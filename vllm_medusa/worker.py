@@ -24,7 +24,8 @@ class MedusaWorker(Worker):
         """Warm up and capture as usual; then time the steps, where their nodes follow the time."""
         times = super().compile_or_warm_up_model()
         config = self.vllm_config.speculative_config
-        if config.node_frequencies:
+        # With pipeline stages a stage's own time is not the step's.
+        if config.node_frequencies and self.parallel_config.pipeline_parallel_size == 1:
             costs = measure_steps(self.model_runner)
             if self.rank == 0:
                 costs.save(config.costs_file(self.vllm_config.instance_id))
@@ -34,3 +35,7 @@ class MedusaWorker(Worker):
         from vllm_medusa.runner import MedusaModelRunner
 
         return MedusaModelRunner(self.vllm_config, self.device)
+
+    def medusa_head_bytes(self) -> int:
+        """Memory that the heads take on this rank, for ``LLM.collective_rpc``."""
+        return self.model_runner.head_bytes()

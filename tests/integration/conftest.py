@@ -57,19 +57,54 @@ def run_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
 def run_series(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
     """``run_series({name: job}) -> {name: result or {"error": text}}``, all in one process."""
 
-    def run(jobs: dict[str, dict], env: dict | None = None) -> dict:
+    def run(jobs: dict[str, dict], env: dict | None = None, prefix: tuple[str, ...] = ()) -> dict:
         folder = tmp_path_factory.mktemp("series")
-        return _run_script("engine_series.py", folder, jobs, env, SERIES_TIMEOUT_S)
+        return _run_script("engine_series.py", folder, jobs, env, SERIES_TIMEOUT_S, prefix)
 
     return run
 
 
-def _run_script(script: str, folder: Path, order: dict, env: dict | None, timeout: int) -> dict:
+@pytest.fixture(scope="session")
+def run_replicas(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+    """``run_replicas(job) -> result`` of an engine with ``data_parallel_size``."""
+
+    def run(job: dict, env: dict | None = None) -> dict:
+        return _run_script("dp_job.py", tmp_path_factory.mktemp("dp"), job, env, JOB_TIMEOUT_S)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cluster_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment in which every process finds the tests' plugin, and ranks are compared."""
+    import cluster_plugin
+
+    return {
+        "PYTHONPATH": os.pathsep.join(
+            [cluster_plugin.install(tmp_path_factory.mktemp("plugin")), _paths()]
+        ),
+        cluster_plugin.RAY_VARIABLE: "1",
+        cluster_plugin.ASYNC_VARIABLE: "1",
+        "VLLM_MEDUSA_CHECK_RANKS": "1",
+        "VLLM_CPU_CI_ENV": "1",
+        # Steps of tiny models: a rank that waits for a dead one must not do so for minutes.
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "60",
+    }
+
+
+def _run_script(
+    script: str,
+    folder: Path,
+    order: dict,
+    env: dict | None,
+    timeout: int,
+    prefix: tuple[str, ...] = (),  # a command that runs the rest, such as "ip netns exec NAME"
+) -> dict:
     """Hand ``order`` to a script in a process of its own and return what it wrote."""
     source, target = folder / "order.json", folder / "result.json"
     source.write_text(json.dumps(order))
     process = subprocess.run(
-        [sys.executable, str(HERE / script), str(source), str(target)],
+        [*prefix, sys.executable, str(HERE / script), str(source), str(target)],
         env={**os.environ, "PYTHONPATH": _paths(), **(env or {})},
         capture_output=True,
         text=True,

@@ -63,7 +63,9 @@ def run(job: dict) -> tuple[dict, Any | None]:
         counted = engine_job.counters(llm).get("vllm:spec_decode_num_accepted_tokens", 0)
         accepted.append(counted - sum(accepted))
     core = llm.llm_engine.engine_core.engine_core
-    runner = type(core.model_executor.driver_worker.worker.model_runner).__name__
+    # With several workers they run in processes of their own.
+    driver = getattr(core.model_executor, "driver_worker", None)
+    runner = None if driver is None else type(driver.worker.model_runner).__name__
     scheduler = type(core.scheduler).__name__
     result = {"batches": batches, "counters": engine_job.counters(llm), "runner": runner}
     return result | {"accepted": accepted, "scheduler": scheduler}, llm
