@@ -115,14 +115,14 @@ def acceptance(questions: list[Prompt], run: dict[str, Any]) -> dict[str, Any]:
         per_question.append(tokens_per_step(merged))
         by_category.setdefault(question.category, []).append(per_question[-1])
     steps = sum(total)
-    depth = max(j for j, n in enumerate(total) if n)
+    depth = max((j for j, n in enumerate(total) if n), default=0)
     return {
         "tokens_per_step": tokens_per_step(total),
         "tokens_per_step_per_question": spread(per_question),
         "tokens_per_step_by_category": {
             name: statistics.mean(values) for name, values in sorted(by_category.items())
         },
-        "accepted_by_depth": [sum(total[d:]) / steps for d in range(1, depth + 1)],
+        "accepted_by_depth": [sum(total[d:]) / max(1, steps) for d in range(1, depth + 1)],
         "verification_steps": steps,
     }
 

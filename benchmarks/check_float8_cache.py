@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
         "--most-gap", type=float, default=1.0, help="of log probabilities where answers part"
     )
     args = parser.parse_args()
-    args.turns, args.temperature, args.seed = 1, 0.0, 0
+    args.turns, args.seed = 1, 0
     return args
 
 
@@ -47,7 +47,7 @@ def compare(
     sides: dict[str, EngineProcess], questions: list, args: argparse.Namespace, level: int
 ) -> dict[str, Any]:
     """One concurrency: answers of all three sides, compared in pairs."""
-    runs = {name: answer(side, questions, args, level) for name, side in sides.items()}
+    runs = {name: answer(side, questions, args, level, 0.0) for name, side in sides.items()}
     judge = sides["plain"]
     result = {
         "concurrency": level,

@@ -46,6 +46,23 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _cache_layout(k_cache: torch.Tensor, v_cache: torch.Tensor) -> dict[str, int]:
+    """Sizes of a paged cache that are the same for all steps: constants spare 64-bit products.
+
+    Values that lie behind their keys, as in vLLM's layouts, share the keys' addresses.
+    """
+    offset = 0
+    if k_cache.untyped_storage().data_ptr() == v_cache.untyped_storage().data_ptr():
+        offset = v_cache.storage_offset() - k_cache.storage_offset()
+    return {
+        "BLOCK_STRIDE": k_cache.stride(0),
+        "SLOT_STRIDE": k_cache.stride(1),
+        "HEAD_STRIDE": k_cache.stride(2),
+        "BLOCK_SIZE": k_cache.shape[1],
+        "V_OFFSET": offset if 0 < offset < k_cache.stride(1) else 0,
+    }
+
+
 def join_counters(device: torch.device, count: int) -> torch.Tensor:
     """[>= count] int32 zeros of the current stream; a call leaves them as it finds them."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -78,7 +95,8 @@ def tree_attention(
     q_scale: torch.Tensor | None = None,
     num_splits: int | None = None,
     workspace: torch.Tensor | None = None,
-) -> None:
+    plan: AttentionPlan | None = None,
+) -> AttentionPlan | None:
     """Attention of tree rows: each sees the whole context and its own ancestors.
 
     Row i of a request sits at key position ``context + i`` of its pages, already written.
@@ -119,30 +137,40 @@ def tree_attention(
         KV ranges computed in parallel; default from the host integers and the device.
     workspace : torch.Tensor, optional
         float32, dense, at least ``workspace_elements(...)``; allocated when missing.
+    plan : AttentionPlan, optional
+        What a call returned whose arguments had the same shapes and types: nothing is checked
+        again. The layers of a step differ in their tensors alone, and a check takes the host
+        about 0.1 ms, longer than the kernel the GPU.
+
+    Returns
+    -------
+    AttentionPlan or None
+        None if there was nothing to do.
 
     Examples
     --------
     Context of 100 keys and rows root, a, b (both under the root): masks ``0b1 0b11 0b101``,
     seq_lens ``103``; row b sees keys 0..99, 100 and 102.
     """
-    check_tree_attention(
-        out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, scale=scale,
-        num_reqs=num_reqs, max_query_len=max_query_len, max_seq_len=max_seq_len,
-        sliding_window=sliding_window, logit_soft_cap=logit_soft_cap, sinks=sinks,
-        k_scale=k_scale, v_scale=v_scale, q_scale=q_scale,
-    )  # fmt: skip
-    require(out.dtype != torch.float64, "out", out.dtype, "bfloat16, float16 or float32")
-    check_runnable("q", q, tree_attention_kernel)
     num_tokens, num_heads, head_size = q.shape
-    if num_reqs == 0 or num_tokens == 0:
-        return
-    num_kv_heads = k_cache.shape[2]
-    plan = plan_attention(
-        num_reqs=num_reqs, num_kv_heads=num_kv_heads, group=num_heads // num_kv_heads,
-        head_size=head_size, item_size=out.element_size(), max_query_len=max_query_len,
-        max_seq_len=max_seq_len, num_multiprocessors=num_multiprocessors(q.device),
-        num_splits=num_splits,
-    )  # fmt: skip
+    if plan is None:
+        check_tree_attention(
+            out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks,
+            scale=scale, num_reqs=num_reqs, max_query_len=max_query_len, max_seq_len=max_seq_len,
+            sliding_window=sliding_window, logit_soft_cap=logit_soft_cap, sinks=sinks,
+            k_scale=k_scale, v_scale=v_scale, q_scale=q_scale,
+        )  # fmt: skip
+        require(out.dtype != torch.float64, "out", out.dtype, "bfloat16, float16 or float32")
+        check_runnable("q", q, tree_attention_kernel)
+        if num_reqs == 0 or num_tokens == 0:
+            return None
+        num_kv_heads = k_cache.shape[2]
+        plan = plan_attention(
+            num_reqs=num_reqs, num_kv_heads=num_kv_heads, group=num_heads // num_kv_heads,
+            head_size=head_size, item_size=out.element_size(), max_query_len=max_query_len,
+            max_seq_len=max_seq_len, num_multiprocessors=num_multiprocessors(q.device),
+            num_splits=num_splits,
+        )  # fmt: skip
     needed = workspace_elements(num_tokens, num_heads, head_size, plan.num_splits)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
@@ -155,6 +183,7 @@ def tree_attention(
         num_reqs, max_query_len, sliding_window, logit_soft_cap, sinks, k_scale, v_scale, q_scale,
         workspace,
     )  # fmt: skip
+    return plan
 
 
 def _mask_words(tree_masks: torch.Tensor, max_query_len: int) -> tuple[torch.Tensor, int]:
@@ -216,9 +245,9 @@ def launch(
     tree_attention_kernel[(plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits)](
         out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
         k_scale, v_scale, q_scale, workspace, counters, num_tokens, out.stride(0), q.stride(0),
-        k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),
-        tree_masks.stride(0), **shape, SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=scales,
-        BLOCK_SIZE=k_cache.shape[1], BLOCK_ROWS=plan.block_rows, SECOND_WORD=second_word,
+        block_table.stride(0), tree_masks.stride(0), **shape, **_cache_layout(k_cache, v_cache),
+        SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=scales,
+        BLOCK_ROWS=plan.block_rows, SECOND_WORD=second_word,
         IS_SPLIT=is_split, IS_JOINED=is_joined, BLOCK_SPLITS=block_splits,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
@@ -292,11 +321,11 @@ def add_tree_attention(
     tree_masks, second_word = _mask_words(tree_masks, max_query_len)
     tree_part_kernel[(row_tiles, num_reqs * num_kv_heads)](
         out, lse, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
-        k_scale, v_scale, q_scale, out.stride(0), lse.stride(0), q.stride(0), k_cache.stride(0),
-        k_cache.stride(1), k_cache.stride(2), block_table.stride(0), tree_masks.stride(0),
+        k_scale, v_scale, q_scale, out.stride(0), lse.stride(0), q.stride(0), block_table.stride(0),
+        tree_masks.stride(0), **_cache_layout(k_cache, v_cache),
         SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=_num_scales(k_scale, v_scale, q_scale),
         NUM_KV_HEADS=num_kv_heads, GROUP=group,
-        HEAD_SIZE=head_size, PADDED_HEAD=padded_head, BLOCK_SIZE=k_cache.shape[1],
-        BLOCK_ROWS=block_rows, BLOCK_KEYS=64 if is_small else 16, SECOND_WORD=second_word,
+        HEAD_SIZE=head_size, PADDED_HEAD=padded_head, BLOCK_ROWS=block_rows,
+        BLOCK_KEYS=64 if is_small else 16, SECOND_WORD=second_word,
         CHAINED=chained, num_warps=4, num_stages=1, **({"launch_pdl": True} if chained else {}),
     )  # fmt: skip

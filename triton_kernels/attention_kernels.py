@@ -35,11 +35,12 @@ def tree_attention_kernel(
     num_tokens,
     out_stride,
     q_stride,
-    block_stride,
-    slot_stride,
-    head_stride,
     table_stride,
     masks_stride,
+    BLOCK_STRIDE: tl.constexpr,  # of the cache, in elements
+    SLOT_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    V_OFFSET: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -98,8 +99,8 @@ def tree_attention_kernel(
         qk_scale = SCALE * tl.load(k_scale + kv_head % SCALES)
     if q_scale is not None:
         qk_scale = qk_scale * tl.load(q_scale + kv_head % SCALES)
-    k_head = k_cache + kv_head.to(tl.int64) * head_stride
-    v_head = v_cache + kv_head.to(tl.int64) * head_stride
+    k_head = k_cache + kv_head.to(tl.int64) * HEAD_STRIDE
+    v_head = v_cache + kv_head.to(tl.int64) * HEAD_STRIDE
     table_row = block_table + req.to(tl.int64) * table_stride
 
     acc = tl.zeros([BLOCK_ROWS, PADDED_HEAD], tl.float32)
@@ -108,9 +109,9 @@ def tree_attention_kernel(
     for tile in range(low, high):
         acc, row_max, row_sum = attend_tile(
             acc, row_max, row_sum, q_tile, words, high_words, depths, tile * BLOCK_KEYS, k_head,
-            v_head, table_row, masks_row, first_key, context, seq_len, qk_scale, block_stride,
-            slot_stride, BLOCK_SIZE % BLOCK_KEYS == 0, SOFT_CAP, WINDOW, HEAD_SIZE, PADDED_HEAD,
-            BLOCK_SIZE, BLOCK_KEYS, SECOND_WORD,
+            v_head, table_row, masks_row, first_key, context, seq_len, qk_scale, BLOCK_STRIDE,
+            SLOT_STRIDE, V_OFFSET, BLOCK_SIZE % BLOCK_KEYS == 0, SOFT_CAP, WINDOW, HEAD_SIZE,
+            PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS, SECOND_WORD,
         )  # fmt: skip
 
     if not IS_SPLIT:
@@ -224,11 +225,12 @@ def tree_part_kernel(
     out_stride,
     lse_stride,
     q_stride,
-    block_stride,
-    slot_stride,
-    head_stride,
     table_stride,
     masks_stride,
+    BLOCK_STRIDE: tl.constexpr,  # of the cache, in elements
+    SLOT_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    V_OFFSET: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SCALES: tl.constexpr,
@@ -266,8 +268,8 @@ def tree_part_kernel(
         qk_scale = qk_scale * tl.load(q_scale + kv_head % SCALES)
     masks_row = tree_masks + req.to(tl.int64) * masks_stride
     words, high_words, depths = row_masks(masks_row, rows, is_row, 0, SECOND_WORD)
-    k_head = k_cache + kv_head.to(tl.int64) * head_stride
-    v_head = v_cache + kv_head.to(tl.int64) * head_stride
+    k_head = k_cache + kv_head.to(tl.int64) * HEAD_STRIDE
+    v_head = v_cache + kv_head.to(tl.int64) * HEAD_STRIDE
     table_row = block_table + req.to(tl.int64) * table_stride
     row_lse = tl.load(lse + heads * lse_stride + tokens, mask=is_row, other=float("-inf"))
     context_out = tl.load(out + tokens[:, None] * out_stride + head_offsets, mask=is_stored)
@@ -278,9 +280,9 @@ def tree_part_kernel(
     for low in range(context, seq_len, BLOCK_KEYS):
         acc, row_max, row_sum = attend_tile(
             acc, row_max, row_sum, q_tile, words, high_words, depths, low, k_head, v_head,
-            table_row, masks_row, context, context, seq_len, qk_scale, block_stride,
-            slot_stride, False, SOFT_CAP, 0, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS,
-            SECOND_WORD,
+            table_row, masks_row, context, context, seq_len, qk_scale, BLOCK_STRIDE,
+            SLOT_STRIDE, V_OFFSET, False, SOFT_CAP, 0, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE,
+            BLOCK_KEYS, SECOND_WORD,
         )  # fmt: skip
     if v_scale is not None:  # the context's part has been multiplied already
         acc = acc * tl.load(v_scale + kv_head % SCALES)

@@ -96,11 +96,10 @@ def key_tiles(
 @triton.jit
 def key_offsets(
     table_row,  # [max_blocks] int32, this request's pages
-    keys,  # [BLOCK_KEYS] int32
-    low,  # first of them
-    is_loaded,
-    block_stride,
-    slot_stride,
+    keys,  # [BLOCK_KEYS] uint32, all of them written
+    low,  # first of the tile
+    BLOCK_STRIDE: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     IN_ONE_PAGE: tl.constexpr,
 ):
@@ -109,8 +108,8 @@ def key_offsets(
         # The first key of the tile exists, and with it the page.
         block = tl.load(table_row + low // BLOCK_SIZE).to(tl.int64)
     else:
-        block = tl.load(table_row + keys // BLOCK_SIZE, mask=is_loaded, other=0).to(tl.int64)
-    return block * block_stride + (keys % BLOCK_SIZE).to(tl.int64) * slot_stride
+        block = tl.load(table_row + keys // BLOCK_SIZE).to(tl.int64)
+    return block * BLOCK_STRIDE + (keys % BLOCK_SIZE).to(tl.int64) * SLOT_STRIDE
 
 
 @triton.jit
@@ -165,8 +164,9 @@ def attend_tile(
     context,
     seq_len,
     qk_scale,  # float32: softmax scale (times k_scale)
-    block_stride,
-    slot_stride,
+    BLOCK_STRIDE: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
+    V_OFFSET: tl.constexpr,  # elements from a key to its value, 0: v_head says
     IN_ONE_PAGE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -183,19 +183,28 @@ def attend_tile(
     """
     keys = low + tl.arange(0, BLOCK_KEYS)
     dims = tl.arange(0, PADDED_HEAD)
-    # Keys that no row sees may lie in freed pages: they are not even loaded, since 0 * NaN
-    # would be NaN.
-    is_loaded = (keys >= first_key) & (keys < seq_len)
+    # Keys that no row sees may lie in freed pages, and 0 * NaN would be NaN: the nearest key
+    # that was written stands for them. A mask would cost a tenth of the loop's instructions.
+    written = tl.minimum(keys, seq_len - 1)
+    if WINDOW > 0:
+        written = tl.maximum(written, first_key)
+    # Unsigned: a signed division by a power of two corrects negative numbers.
     offsets = key_offsets(
-        table_row, keys, low, is_loaded, block_stride, slot_stride, BLOCK_SIZE, IN_ONE_PAGE
+        table_row, written.to(tl.uint32), low, BLOCK_STRIDE, SLOT_STRIDE, BLOCK_SIZE, IN_ONE_PAGE
     )
     # Keys are loaded as rows, like values, so that both share one layout of addresses.
-    places = offsets[:, None] + dims[None, :]
-    is_place = is_loaded[:, None]
+    k_ptrs = k_head + offsets[:, None] + dims[None, :]
+    if V_OFFSET > 0:
+        v_ptrs = k_ptrs + V_OFFSET
+    else:
+        v_ptrs = v_head + offsets[:, None] + dims[None, :]
     if HEAD_SIZE < PADDED_HEAD:
-        is_place = is_place & (dims < HEAD_SIZE)[None, :]
-    k = tl.load(k_head + places, mask=is_place, other=0.0)
-    v = tl.load(v_head + places, mask=is_place, other=0.0)
+        is_dim = (dims < HEAD_SIZE)[None, :]
+        k = tl.load(k_ptrs, mask=is_dim, other=0.0)
+        v = tl.load(v_ptrs, mask=is_dim, other=0.0)
+    else:
+        k = tl.load(k_ptrs)
+        v = tl.load(v_ptrs)
 
     scores = tl.dot(q_tile, tl.trans(k.to(q_tile.dtype)), input_precision="ieee")
     to_log2 = qk_scale * LOG2_E

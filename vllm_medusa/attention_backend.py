@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from vllm_medusa.float8_cache import cache_arguments
 from vllm_medusa.triton_kernels import tree_attention
+from vllm_medusa.triton_kernels.attention_plan import AttentionPlan
 
 if TYPE_CHECKING:
     from vllm_medusa.tree_batch import TreeBatch
@@ -42,6 +43,8 @@ class TreeAttentionMetadata:
         Bounds over the tree requests.
     rest : FlashAttentionMetadata or None
         The remaining requests.
+    plan : AttentionPlan or None
+        Of the first layer that has run; the others take it as it is.
     """
 
     num_tree_reqs: int
@@ -55,6 +58,7 @@ class TreeAttentionMetadata:
     max_seq_len: int
     num_actual_tokens: int
     rest: FlashAttentionMetadata | None
+    plan: AttentionPlan | None = None
 
 
 class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -95,7 +99,7 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     def _build_split(
         self, common: CommonAttentionMetadata, num_tree_reqs: int
     ) -> TreeAttentionMetadata:
-        starts = common.query_start_loc_cpu
+        starts, num_trees = common.query_start_loc_cpu, num_tree_reqs
         # In a FULL graph the padded requests are part of the launch, with no rows.
         whole_batch = num_tree_reqs >= common.num_reqs or int(starts[num_tree_reqs]) >= int(
             starts[common.num_reqs]
@@ -115,7 +119,7 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             masks=self.tree_batch.step_masks,
-            max_query_len=min(common.max_query_len, self.tree_batch.num_rows),
+            max_query_len=int((starts[1 : num_trees + 1] - starts[:num_trees]).max()),
             max_seq_len=common.max_seq_len,
             num_actual_tokens=common.num_actual_tokens,
             rest=rest,
@@ -191,7 +195,8 @@ class TreeAttentionImpl(FlashAttentionImpl):
             super().forward(
                 layer, query[tail], key[tail], value[tail], kv_cache, meta.rest, output[tail]
             )
-        tree_attention(
+        # Layers of a step have tensors of equal shapes: the first one's check serves all.
+        meta.plan = tree_attention(
             output[: meta.num_tree_tokens].view(-1, self.num_heads, self.head_size),
             query[: meta.num_tree_tokens],
             block_table=meta.block_table,
@@ -206,6 +211,7 @@ class TreeAttentionImpl(FlashAttentionImpl):
             sliding_window=self.sliding_window[0] + 1,
             logit_soft_cap=float(self.logits_soft_cap),
             sinks=self.sinks,
+            plan=meta.plan,
         )
         return output
 
