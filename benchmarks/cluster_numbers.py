@@ -9,11 +9,13 @@ Bytes follow from shapes; times divide them by the rates below and add nothing f
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "clusters.md"
+RECORD = Path(__file__).parent / "results" / "two_gpus_cluster.json"
 BF16 = 2
 KEY = 8  # a candidate's value and id
 NUM_HEADS, NUM_TOP = 5, 10
@@ -142,7 +144,41 @@ def budget_table() -> str:
     return table(["model", "T", *LINKS], rows)
 
 
-TABLES = {"traffic": traffic_table, "memory": memory_table, "budget": budget_table}
+def record_table(path: Path = RECORD) -> str:
+    """What ``bench_cluster.py`` measured, if it was run."""
+    if not path.exists():
+        return "Not measured yet: `benchmarks/bench_cluster.py` needs a host with two GPUs."
+    record = json.loads(path.read_text())
+    rows = []
+    for entry in record["engines"]:
+        compared = record["comparison"].get(entry["parallel"], {})
+        for result in entry["results"]:
+            level = str(result["concurrency"])
+            medusa = entry["side"] == "medusa"
+            speedup = compared.get("speedup", {}).get(level) if medusa else None
+            same = compared.get(f"{entry['side']}_equals_one_gpu", {}).get(level)
+            shared = result.get("collectives")
+            rows.append([
+                entry["parallel"], entry["side"], level,
+                f"{result['tokens_per_s']['median']:.1f}", f"{result['step_ms']['median']:.2f}",
+                f"{speedup:.2f}" if speedup else "", f"{same['equal']} of {same['of']}" if same
+                else "", f"{shared['share']:.0%}" if shared else "",
+                ", ".join(map(size, entry["head_bytes_by_rank"] or [])),
+            ])  # fmt: skip
+    head = ["GPUs", "side", "requests", "tok/s", "step ms", "speed-up", "as one GPU", "collectives",
+            "heads by rank"]  # fmt: skip
+    settings = record["settings"]
+    title = f"{settings['model']}, {settings['dtype']}, executor {settings['executor']}"
+    device = " + ".join(record["provenance"]["gpus"])
+    return f"{title}; {device}; `benchmarks/results/{path.name}`:\n\n{table(head, rows)}"
+
+
+TABLES = {
+    "traffic": traffic_table,
+    "memory": memory_table,
+    "budget": budget_table,
+    "record": record_table,
+}
 
 
 def fill(page: str) -> str:

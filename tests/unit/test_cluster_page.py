@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -60,6 +61,27 @@ def test_head_bytes_are_those_of_real_heads(numbers, kind):
     model = numbers.Model("tiny", 1.0, hidden, 1)
     scored = {"shared": 0, "own": numbers.NUM_HEADS * vocabulary, "common": vocabulary}[kind]
     assert numbers.head_bytes(model, scored, 1) == held
+
+
+def test_the_record_s_table(numbers, tmp_path):
+    def entry(side, rate, heads):
+        result = {"concurrency": 8, "tokens_per_s": {"median": rate}, "step_ms": {"median": 9.5}}
+        result["collectives"] = {"share": 0.125}
+        return {"parallel": "tp2", "side": side, "head_bytes_by_rank": heads, "results": [result]}
+
+    record = {
+        "provenance": {"gpus": ["H100", "H100"]},
+        "settings": {"model": "M", "dtype": "auto", "executor": "ray"},
+        "engines": [entry("plain", 100.0, None), entry("medusa", 190.0, [84e6, 84e6])],
+        "comparison": {
+            "tp2": {"speedup": {"8": 1.9}, "medusa_equals_one_gpu": {"8": {"equal": 3, "of": 4}}}
+        },
+    }
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(record))
+    *_, plain, medusa = numbers.record_table(path).splitlines()
+    assert plain == "| tp2 | plain | 8 | 100.0 | 9.50 |  |  | 12% |  |"
+    assert medusa == "| tp2 | medusa | 8 | 190.0 | 9.50 | 1.90 | 3 of 4 | 12% | 84.0 MB, 84.0 MB |"
 
 
 def test_a_page_without_a_place_for_a_table_is_refused(numbers):
