@@ -116,7 +116,11 @@ def test_seeded_sampling_equals_stock_v2_runner(tiny, run_job, seeded_batches, p
     [
         (WIDE, CUT_BY_BATCH),
         (TIGHT, {"num_speculative_tokens": 63}),
-        (WIDE, {**WIDE_TREE, "num_speculative_tokens_per_batch_size": [[1, 1, 100], [2, 99, 40]]}),
+        pytest.param(
+            WIDE,
+            {**WIDE_TREE, "num_speculative_tokens_per_batch_size": [[1, 1, 100], [2, 99, 40]]},
+            marks=pytest.mark.slow,
+        ),
         (WIDE, {**CUT_BY_BATCH, "tree": "dynamic"}),
     ],
     ids=["cut by batch size", "whole trees, tight", "100 nodes",
