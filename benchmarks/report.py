@@ -277,9 +277,9 @@ def soak_section(path: Path) -> str:
     """What was left of many mixed requests."""
     record = json.loads(path.read_text())
     counts, metrics, grown = record["counts"], record["metrics"], record["growth_kilobytes"]
-    kind = ", dynamic trees," if record["engine"].get("tree") == "dynamic" else ""
     return (
-        f"**Soak**{kind} on {device(record)}: {record['requests']:,} {record['what']}, "
+        f"**Soak**, {record['variant']}, on {device(record)}: {record['requests']:,} "
+        f"{record['what']}, "
         f"{record['requests_per_s']:.0f} requests and "
         f"{counts['tokens'] / record['seconds']:.0f} tokens a second beside other work; "
         f"{counts['left early']:,} clients left early, "

@@ -3,7 +3,8 @@
     python soak.py ORDER.json RESULT.json
 
 ORDER: {"engine": {engine arguments}, "count": requests, "clients": how many at once, "keep":
-every which answer is kept, "seconds": stop after so long (null: never)}.  RESULT is written
+every which answer is kept, "async": async scheduling, "seconds": stop after so long (null:
+never)}.  RESULT is written
 anew from time to time, so that a run that is stopped leaves how far it got.
 
 A client is a task that takes the next request, streams it and maybe leaves early, by
@@ -33,7 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import soak_traffic
-from engine_job import sampling_params
+from engine_job import sampling_params, set_async_scheduling
 from state_probe import held_strings, resident_kilobytes
 
 PREFIX = "soak-"
@@ -195,6 +196,7 @@ async def run(order: dict[str, Any], target: Path) -> None:
         target.with_suffix(".part").rename(target)
 
     random.seed(0)
+    set_async_scheduling(order["async"])
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(worker_extension_cls="state_probe.StateProbe", **order["engine"])
     )

@@ -86,6 +86,7 @@ class StateProbe:
         state = {
             "idle": not scheduler.has_requests() and not scheduler.finished_req_ids,
             "held": held_strings([core, self], prefix),
+            "scheduler": type(scheduler).__name__,
             "requests": len(scheduler.requests),
             "free_blocks": pool.get_num_free_blocks(),
             "referenced_blocks": sum(block.ref_cnt > 0 for block in pool.blocks[1:]),

@@ -13,6 +13,8 @@ import pytest
 import tiny_tokenizer
 from http_server import NAME, Server, all_at_once
 
+from vllm_medusa.config import MAX_TREE_NODES
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -152,7 +154,7 @@ def test_tool_call_follows_its_grammar(servers, choice, streamed):
 UNGRAMMATICAL = {"structured_outputs": {"regex": "(("}}
 # vllm_xargs -> words of the sentence
 WRONG = {
-    "negative budget": ({"medusa_nodes": -1}, "medusa_nodes=-1", "0 (no speculation) to 63"),
+    "negative budget": ({"medusa_nodes": -1}, "medusa_nodes=-1", f"to {MAX_TREE_NODES}"),
     "budget as text": ({"medusa_nodes": "many"}, "medusa_nodes='many'", "integer"),
     "unknown key": ({"medusa_node": 3}, "'medusa_node'", "medusa_nodes"),
     "unknown rule": ({"medusa_acceptance": "sloppy"}, "sloppy", "typical"),

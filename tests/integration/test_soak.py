@@ -36,7 +36,12 @@ ENGINE = {
     "num_gpu_blocks_override": 24,
 }
 NODES = 12
-TREES = {"one tree": {}, "dynamic": {"tree": "dynamic"}}
+# Name -> more of the speculative config; async scheduling; name of the long run's record.
+VARIANTS = {
+    "one tree": ({}, False, "cpu_soak"),
+    "dynamic trees": ({"tree": "dynamic"}, False, "cpu_soak_dynamic"),
+    "async scheduling": ({}, True, "cpu_soak_async"),
+}
 SHORT, LONG, LONG_S = 120, 50_000, 6 * 3600
 KEEP_SHORT, KEEP_LONG = 4, 100
 # Requests before memory is expected to be level: pools and caches grow to their size.
@@ -47,13 +52,15 @@ MOST_GROWTH_KB = 12 * 1024
 
 
 def run_soak(
-    model: dict[str, str], folder: Path, tree: dict, count: int, keep: int, timeout: int
+    model: dict[str, str], folder: Path, variant: str, count: int, keep: int, timeout: int
 ) -> dict:
     """Serve ``count`` requests with Medusa in a process of its own."""
+    tree, asynchronous, _ = VARIANTS[variant]
     engine = {"model": model["model"], **ENGINE}
     heads = {"method": "medusa", "model": model["heads"], "num_speculative_tokens": NODES}
     engine["speculative_config"] = heads | tree
     order = {"engine": engine, "count": count, "clients": 24, "keep": keep, "seconds": None}
+    order["async"] = asynchronous
     source, target = folder / "order.json", folder / "result.json"
     source.write_text(json.dumps(order))
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -69,11 +76,16 @@ def run_soak(
         pytest.fail(f"soak.py failed:\n{(folder / 'soak.log').read_text()[-6000:]}")
     result = json.loads(target.read_text())
     assert result["complete"]
+    scheduler = "MedusaAsyncScheduler" if asynchronous else "MedusaScheduler"
+    assert result["states"]["after"]["scheduler"] == scheduler
     return result
 
 
-def plain_tokens(model: dict[str, str], run_series, indices: list[int]) -> dict[int, list[int]]:
-    """What plain vLLM answers to these requests: its V2 runner, whose noise is Medusa's too."""
+def plain_tokens(
+    model: dict[str, str], run_series, count: int, keep: int
+) -> dict[int, list[int]]:
+    """What plain vLLM answers to every ``keep``-th request: its V2 runner draws Medusa's noise."""
+    indices = range(0, count, keep)
     asked = [soak_traffic.request(index) for index in indices]
     # Room for all: what is compared with should not be preempted too.
     engine = {"model": model["model"], **ENGINE, "num_gpu_blocks_override": 200}
@@ -134,10 +146,9 @@ def check_state(states: dict[str, dict]) -> None:
     assert states["left"]["simple_slots"] < after["simple_slots"] == ENGINE["max_num_seqs"]
 
 
-def check_answers(result: dict, model: dict[str, str], run_series) -> int:
+def check_answers(result: dict, plain: dict[int, list[int]]) -> int:
     """Kept answers are plain vLLM's; of clients that left, as far as they had come."""
     answers = {int(index): answer for index, answer in result["answers"].items()}
-    plain = plain_tokens(model, run_series, list(answers))
     for index, answer in answers.items():
         expected = plain[index] if answer["finished"] else plain[index][: len(answer["tokens"])]
         assert answer["tokens"] == expected, (index, soak_traffic.request(index))
@@ -151,13 +162,19 @@ def growth_kilobytes(memory: list[list[int]], column: int, count: int) -> float:
     return float(np.polyfit(samples[:, 0], samples[:, column], 1)[0] * count)
 
 
+@pytest.fixture(scope="module")
+def plain_short(tiny_spelled, run_series) -> dict[int, list[int]]:
+    """Plain vLLM's answers to the short run's requests."""
+    return plain_tokens(tiny_spelled, run_series, SHORT, KEEP_SHORT)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tree", TREES)
-def test_a_hundred_mixed_requests_leave_nothing(tiny_spelled, run_series, tmp_path, tree):
-    result = run_soak(tiny_spelled, tmp_path, TREES[tree], SHORT, KEEP_SHORT, timeout=600)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_hundred_mixed_requests_leave_nothing(tiny_spelled, plain_short, tmp_path, variant):
+    result = run_soak(tiny_spelled, tmp_path, variant, SHORT, KEEP_SHORT, timeout=600)
     check_counts(result, SHORT)
     check_state(result["states"])
-    assert check_answers(result, tiny_spelled, run_series) >= 20
+    assert check_answers(result, plain_short) >= 20
 
 
 class Holder:
@@ -196,16 +213,16 @@ def test_growth_is_of_all_requests_after_the_first():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_fifty_thousand_mixed_requests_leave_nothing(
-    tiny_spelled, run_series, tmp_path, capsys, write_record, tree
+    tiny_spelled, run_series, tmp_path, capsys, write_record, variant
 ):
-    result = run_soak(tiny_spelled, tmp_path, TREES[tree], LONG, KEEP_LONG, timeout=LONG_S)
+    result = run_soak(tiny_spelled, tmp_path, variant, LONG, KEEP_LONG, timeout=LONG_S)
     with capsys.disabled():
         print(f"\n{LONG} requests, {LONG / result['seconds']:.1f} a second, {result['counts']}")
     check_counts(result, LONG)
     check_state(result["states"])
-    compared = check_answers(result, tiny_spelled, run_series)
+    compared = check_answers(result, plain_tokens(tiny_spelled, run_series, LONG, KEEP_LONG))
     assert compared >= 0.007 * LONG
     grown = {
         process: growth_kilobytes(result["memory"], column, LONG)
@@ -216,10 +233,11 @@ def test_fifty_thousand_mixed_requests_leave_nothing(
     wanted = ("num_preemptions", "prefix_cache_hits", "spec_decode_num_drafts")
     wanted += ("spec_decode_num_accepted_tokens",)
     write_record(
-        "cpu_soak" if tree == "one tree" else "cpu_soak_dynamic",
+        VARIANTS[variant][2],
         {
             "what": "mixed requests through AsyncLLM with a tiny float32 Llama and Medusa",
-            "engine": ENGINE | {"nodes": NODES, **TREES[tree]},
+            "variant": variant,
+            "engine": ENGINE | {"nodes": NODES},
             "requests": LONG,
             "seconds": result["seconds"],
             "requests_per_s": LONG / result["seconds"],

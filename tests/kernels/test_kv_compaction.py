@@ -250,7 +250,7 @@ def test_random_overlaps_twin():
 
 @pytest.mark.long
 def test_a_million_random_overlaps_kernel(device):
-    """Each against the definition; under the interpreter 10^5 in about half an hour."""
+    """Each against the definition; under the interpreter 10^5 in about an hour."""
     num_reqs = 20_000 if device.type == "cuda" else 2000
     for seed in range(50):
         overlap_batch(seed, num_reqs, device, KVCompactor)
