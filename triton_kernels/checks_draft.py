@@ -49,6 +49,7 @@ def check_top_tokens(
     log_probs: torch.Tensor,
     logits: torch.Tensor,
     *,
+    weights: torch.Tensor | None,
     token_map: torch.Tensor | None,
     workspace: DraftWorkspace | None,
 ) -> None:
@@ -63,6 +64,9 @@ def check_top_tokens(
         ("log_probs", log_probs, torch.float32),
     ):
         _check_contiguous(name, tensor, shape, dtype, logits.device)
+    if weights is not None:
+        shape = [num_heads]
+        check_tensor("weights", weights, shape=shape, dtype=torch.float32, device=logits.device)
     if workspace is not None:
         rows = num_reqs * num_heads
         _check_workspace(workspace, rows, vocab, logits.device)

@@ -28,6 +28,7 @@ def _top_tokens_kernel(
     maxima,  # scratch [R * NUM_HEADS, num_groups] int32
     sums,  # scratch [R * NUM_HEADS, num_chunks, 2] float32
     logits,  # in [R, NUM_HEADS, vocab_size]
+    weights,  # in [NUM_HEADS] float32, or None
     token_map,  # in [1 or NUM_HEADS, vocab_size] int64, or None
     req_stride,
     head_stride,
@@ -85,6 +86,8 @@ def _top_tokens_kernel(
     values = known(tl.load(row_logits + best, mask=is_rank, other=float("-inf")))
     # Not above 0 whatever the rounding: no child is then likelier than its parent.
     values = tl.minimum((_finite(values) - largest) - log_sum, 0.0)
+    if weights is not None:
+        values *= tl.load(weights + head)
     if token_map is not None:
         row_map = token_map + head.to(tl.int64) * map_stride
         best = tl.load(row_map + best, mask=is_rank, other=-1)
@@ -98,6 +101,7 @@ def top_tokens(
     log_probs: torch.Tensor,
     logits: torch.Tensor,
     *,
+    weights: torch.Tensor | None = None,
     token_map: torch.Tensor | None = None,
     workspace: DraftWorkspace | None = None,
 ) -> None:
@@ -112,10 +116,12 @@ def top_tokens(
         ``[>= R, K, T]`` int64, out, contiguous. Ids of the base vocabulary; T <= 128.
     log_probs : torch.Tensor
         ``[>= R, K, T]`` float32, out, contiguous. Log softmax over the heads' vocabulary; never
-        above 0, never rising with the rank, -inf at worst.
+        above 0, never rising with the rank, -inf at worst.  Times `weights`.
     logits : torch.Tensor
         ``[R, K, V]`` bfloat16, float16 or float32, any strides but a dense last dimension; the
         heads' vocabulary, V <= 524288.
+    weights : torch.Tensor, optional
+        ``[K]`` float32, positive. Factor of each head's log probabilities.
     token_map : torch.Tensor, optional
         ``[1 or K, V]`` int64. Heads' vocabulary id -> base vocabulary id.
     workspace : DraftWorkspace, optional
@@ -126,7 +132,9 @@ def top_tokens(
     Logits ``[[[0, 2, 0]]]``, T = 2: tokens ``[[[1, 0]]]``, log probabilities
     ``[[[-0.24, -2.24]]]``.
     """
-    check_top_tokens(tokens, log_probs, logits, token_map=token_map, workspace=workspace)
+    check_top_tokens(
+        tokens, log_probs, logits, weights=weights, token_map=token_map, workspace=workspace
+    )
     check_runnable("logits", logits, _top_tokens_kernel)
     num_reqs, num_heads, vocab = logits.shape
     if num_reqs == 0:
@@ -134,7 +142,8 @@ def top_tokens(
     num_rows, groups, chunks = num_reqs * num_heads, num_groups(vocab), num_chunks(vocab)
     workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
     _top_tokens_kernel[(num_rows * chunks,)](
-        tokens, log_probs, *workspace, logits, token_map, logits.stride(0), logits.stride(1),
+        tokens, log_probs, *workspace, logits, weights, token_map,
+        logits.stride(0), logits.stride(1),
         0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
         vocab, groups, NUM_HEADS=num_heads, NUM_TOP=tokens.shape[2], GROUP=GROUP,
         GROUPS_PER_PROGRAM=GROUPS_PER_PROGRAM, PADDED_TOP=triton.next_power_of_2(tokens.shape[2]),
