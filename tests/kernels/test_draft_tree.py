@@ -203,6 +203,27 @@ def test_large_vocabularies_and_graph_replay(device, vocab):
         assert torch.equal(out, want.flatten(1))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [32_000, 128_256])
+def test_top_tokens_of_large_vocabularies_under_graph_replay(device, vocab):
+    logits = torch.randn(64, 4, vocab, device=device, dtype=torch.bfloat16)
+    tokens = torch.empty(64, 4, 32, dtype=torch.int64, device=device)
+    log_probs = torch.empty(64, 4, 32, device=device)
+    work = DraftWorkspace.allocate(64 * 4, vocab, device)
+    top_tokens(tokens, log_probs, logits, workspace=work)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        top_tokens(tokens, log_probs, logits, workspace=work)
+    for _ in range(20):
+        logits.normal_()
+        graph.replay()
+        order = logits.float().sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(tokens, order.indices[..., :32])
+        want = order.values.log_softmax(-1)[..., :32]
+        torch.testing.assert_close(log_probs, want, rtol=1e-5, atol=1e-5)
+        assert (work.counters == 0).all()
+
+
 def arguments(device):
     return {
         "out": torch.zeros(2, 3, dtype=torch.int64, device=device),
