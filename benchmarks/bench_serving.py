@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="target model directory")
     parser.add_argument("--heads", required=True, help="Medusa heads")
     parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--label", default=None, help="how tables name the model")
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
     parser.add_argument(
         "--num-questions",
@@ -290,6 +291,7 @@ def main() -> None:
             "engine_args": {k: v for k, v in common.items() if k != "model"},
             "speculative_config": {k: v for k, v in speculative.items() if k != "model"},
             "model": Path(args.model).name,
+            "label": args.label or Path(args.model).name,
             "heads": Path(args.heads).name,
             "further_sides": args.side,
             "turns": args.turns,

@@ -93,7 +93,7 @@ def serving_section(path: Path) -> str:
     by_category = ", ".join(f"{name} {value:.2f}" for name, value in categories.items())
     commit = record["provenance"]["git_sha"] or "unknown"
     return (
-        f"**{record['model']} on {device(record)}**, {count} MT-Bench questions, {record['turns']} "
+        f"**{record.get('label', record['model'])} on {device(record)}**, {count} MT-Bench questions, {record['turns']} "
         f"turn(s), at most {record['max_tokens']} tokens{at}, medians of {record['rounds']} "
         f"interleaved rounds (extremes in brackets); commit {commit[:10]}, "
         f"`{path.relative_to(ROOT)}`:\n\n"
