@@ -180,7 +180,7 @@ def test_statistics_of_a_response(servers, temperature):
     assert answer["choices"][0]["text"] == plain["choices"][0]["text"]
     steps = answer["metrics"]["speculative_decoding"]["num_spec_steps"]
     # Each step returns its accepted drafts and one token more; the last may be cut short.
-    assert 64 <= 1 + accepted_drafts(answer) + steps <= 64 + 3
+    assert 63 <= 1 + accepted_drafts(answer) + steps <= 64 + 3
     assert accepted_drafts(answer) > 0 == accepted_drafts(plain)
 
 
@@ -190,7 +190,7 @@ CALL = r'<tool_call>\{"name": "pick", "arguments": \{"kind": "[a-z]{4,9}"\}\}</t
 
 def test_a_parser_finds_the_call_in_text(servers):
     """It is handed several tokens at once."""
-    loose = {"type": "function", "function": TOOL["function"] | {"strict": False}}
+    loose = {"type": "function", "function": {"name": "pick", "parameters": SCHEMA}}
     body = {"messages": [{"role": "user", "content": "choose one"}], "tools": [loose]}
     body |= {"tool_choice": "auto", "structured_outputs": {"regex": CALL}, "max_tokens": 200}
     answer, plain = with_and_without_trees(servers["medusa"], CHAT, body | {"temperature": 0.6})
