@@ -91,9 +91,12 @@ class StateProbe:
                 len(manager.req_to_blocks) + len(manager.num_cached_block)
                 for manager in scheduler.kv_cache_manager.coordinator.single_type_managers
             ),
-            "runner_requests": runner.req_states.num_reqs,
-            "free_slots": len(runner.req_states.free_indices),
         }
+        if hasattr(runner, "req_states"):
+            state["runner_requests"] = runner.req_states.num_reqs
+            state["free_slots"] = len(runner.req_states.free_indices)
+        else:  # vLLM's V1 runner
+            state["runner_requests"] = len(runner.requests)
         verifier = getattr(runner, "rejection_sampler", None)
         if hasattr(verifier, "row_sampler"):
             state |= {
