@@ -254,8 +254,9 @@ def soak_section(path: Path) -> str:
     """What was left of many mixed requests."""
     record = json.loads(path.read_text())
     counts, metrics, grown = record["counts"], record["metrics"], record["growth_kilobytes"]
+    kind = ", dynamic trees," if record["engine"].get("tree") == "dynamic" else ""
     return (
-        f"**Soak** on {device(record)}: {record['requests']:,} {record['what']}, "
+        f"**Soak**{kind} on {device(record)}: {record['requests']:,} {record['what']}, "
         f"{record['requests_per_s']:.0f} requests and "
         f"{counts['tokens'] / record['seconds']:.0f} tokens a second beside other work; "
         f"{counts['left early']:,} clients left early, "
@@ -291,7 +292,7 @@ def results_section() -> str:
     parts += [compaction_section(path) for path in sorted(RESULTS.glob("*_kv_compaction.json"))]
     parts += [walk_section(path) for path in sorted(RESULTS.glob("*_walk.json"))]
     parts += [cpu_runner_section(path) for path in sorted(RESULTS.glob("cpu_runner.json"))]
-    parts += [soak_section(path) for path in sorted(RESULTS.glob("cpu_soak.json"))]
+    parts += [soak_section(path) for path in sorted(RESULTS.glob("cpu_soak*.json"))]
     return "\n\n".join(parts)
 
 

@@ -32,6 +32,7 @@ ENGINE = {
     "num_gpu_blocks_override": 24,
 }
 NODES = 12
+TREES = {"one tree": {}, "dynamic": {"tree": "dynamic"}}
 SHORT, LONG, LONG_S = 120, 50_000, 6 * 3600
 KEEP_SHORT, KEEP_LONG = 4, 100
 # Requests before memory is expected to be level: pools and caches grow to their size.
@@ -41,11 +42,13 @@ WARM_SHARE = 0.2
 MOST_GROWTH_KB = 12 * 1024
 
 
-def run_soak(model: dict[str, str], folder: Path, count: int, keep: int, timeout: int) -> dict:
+def run_soak(
+    model: dict[str, str], folder: Path, tree: dict, count: int, keep: int, timeout: int
+) -> dict:
     """Serve ``count`` requests with Medusa in a process of its own."""
     engine = {"model": model["model"], **ENGINE}
     heads = {"method": "medusa", "model": model["heads"], "num_speculative_tokens": NODES}
-    engine["speculative_config"] = heads
+    engine["speculative_config"] = heads | tree
     order = {"engine": engine, "count": count, "clients": 24, "keep": keep, "seconds": None}
     source, target = folder / "order.json", folder / "result.json"
     source.write_text(json.dumps(order))
@@ -145,8 +148,9 @@ def growth_kilobytes(memory: list[list[int]], column: int, count: int) -> float:
 
 
 @pytest.mark.slow
-def test_a_hundred_mixed_requests_leave_nothing(tiny_spelled, run_series, tmp_path):
-    result = run_soak(tiny_spelled, tmp_path, SHORT, KEEP_SHORT, timeout=600)
+@pytest.mark.parametrize("tree", TREES)
+def test_a_hundred_mixed_requests_leave_nothing(tiny_spelled, run_series, tmp_path, tree):
+    result = run_soak(tiny_spelled, tmp_path, TREES[tree], SHORT, KEEP_SHORT, timeout=600)
     check_counts(result, SHORT)
     check_state(result["states"])
     assert check_answers(result, tiny_spelled, run_series) >= 20
@@ -161,10 +165,11 @@ def test_growth_is_of_all_requests_after_the_first():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("tree", TREES)
 def test_fifty_thousand_mixed_requests_leave_nothing(
-    tiny_spelled, run_series, tmp_path, capsys, write_record
+    tiny_spelled, run_series, tmp_path, capsys, write_record, tree
 ):
-    result = run_soak(tiny_spelled, tmp_path, LONG, KEEP_LONG, timeout=LONG_S)
+    result = run_soak(tiny_spelled, tmp_path, TREES[tree], LONG, KEEP_LONG, timeout=LONG_S)
     with capsys.disabled():
         print(f"\n{LONG} requests, {LONG / result['seconds']:.1f} a second, {result['counts']}")
     check_counts(result, LONG)
@@ -180,10 +185,10 @@ def test_fifty_thousand_mixed_requests_leave_nothing(
     wanted = ("num_preemptions", "prefix_cache_hits", "spec_decode_num_drafts")
     wanted += ("spec_decode_num_accepted_tokens",)
     write_record(
-        "cpu_soak",
+        "cpu_soak" if tree == "one tree" else "cpu_soak_dynamic",
         {
             "what": "mixed requests through AsyncLLM with a tiny float32 Llama and Medusa",
-            "engine": ENGINE | {"nodes": NODES},
+            "engine": ENGINE | {"nodes": NODES, **TREES[tree]},
             "requests": LONG,
             "seconds": result["seconds"],
             "requests_per_s": LONG / result["seconds"],
