@@ -176,9 +176,12 @@ def measure(args: argparse.Namespace, parallel: str, side: str) -> tuple[dict, d
                 results.append(summarise(runs, level))
                 print(f"{parallel} {side} at {level}: "
                       f"{results[-1]['tokens_per_s']['median']:.1f} tok/s", flush=True)  # fmt: skip
-                if not args.no_profile:
-                    engine.profile(chats[:level], sampling | {"max_tokens": 32}, level)
-                    results[-1]["collectives"] = collective_share(Path(traces))
+            # Last: a profiler that was on once may slow down what follows.
+            for result in [] if args.no_profile else results:
+                level = result["concurrency"]
+                chats = [([{"role": "user", "content": q.turns[0]}], {}) for q in pool[:level]]
+                engine.profile(chats, sampling | {"max_tokens": 32}, level)
+                result["collectives"] = collective_share(Path(traces))
             heads = engine.call_workers("medusa_head_bytes") if side == "medusa" else None
         finally:
             engine.close()

@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="target model directory")
     parser.add_argument("--heads", required=True, help="Medusa heads")
     parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--label", default=None, help="how tables name the model")
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
     parser.add_argument(
         "--num-questions",
@@ -49,6 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tree", default=None, help="tree of the Medusa side")
     parser.add_argument("--nodes", type=int, default=None, help="node budget of the Medusa side")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", default=None, help="of both sides, as fp8 on line")
+    parser.add_argument("--enforce-eager", action="store_true", help="start fast, run slowly")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=None)
     parser.add_argument(
@@ -238,6 +241,8 @@ def main() -> None:
     common: dict[str, Any] = {
         "model": args.model,
         "dtype": args.dtype,
+        "quantization": args.quantization,
+        "enforce_eager": args.enforce_eager,
         "max_model_len": args.max_model_len,
         "max_num_seqs": args.max_num_seqs or max(8, *args.concurrency),
         # Both turns share a prefix; reusing it would time the cache, not decoding.
@@ -290,6 +295,7 @@ def main() -> None:
             "engine_args": {k: v for k, v in common.items() if k != "model"},
             "speculative_config": {k: v for k, v in speculative.items() if k != "model"},
             "model": Path(args.model).name,
+            "label": args.label or Path(args.model).name,
             "heads": Path(args.heads).name,
             "further_sides": args.side,
             "turns": args.turns,
@@ -307,6 +313,11 @@ def main() -> None:
             f"{result['speedup']['median']:.2f}, tokens per step "
             f"{result['acceptance']['tokens_per_step']:.2f}"
         )
+        if (same := result["agreement"]) is not None:
+            print(
+                f"{same['identical']} of {same['first_turns_compared']} answers identical; where "
+                f"others part log probabilities lie at most {same['largest_gap']:.3f} apart"
+            )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from records import write_record
 from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
 
-from vllm_medusa.tree_candidates import candidate_paths, candidate_tables, ranks_for
+from vllm_medusa.tree_candidates import candidate_paths, candidate_tables, head_ranks, head_weights
 from vllm_medusa.triton_kernels import (
     best_tree,
     draft_tree,
@@ -93,9 +93,10 @@ class ChosenTrees:
 
     def __init__(self, step: Step):
         shape = step.shape
-        ranks = ranks_for(ROWS - 1, shape.heads, shape.vocab)
-        paths = candidate_paths(ROWS - 1, [ranks] * shape.heads)
-        tables = candidate_tables(paths, shape.heads, ranks)
+        ranks = head_ranks(ROWS - 1, shape.heads, shape.vocab)
+        paths = candidate_paths(ROWS - 1, ranks)
+        tables = candidate_tables(paths, shape.heads, max(ranks))
+        self.weights = torch.tensor(head_weights(shape.heads), device=DEVICE)
         self.candidates = Candidates(*(torch.from_numpy(table).to(DEVICE) for table in tables))
         self.tables = TreeTables(step.parents.clone(), step.depths.clone(), step.masks.clone())
         self.fixed = FixedTree(
@@ -103,7 +104,7 @@ class ChosenTrees:
             torch.zeros(ROWS - 1, dtype=torch.int32, device=DEVICE),
             *(table[0].clone() for table in self.tables),
         )
-        size = (shape.batch, shape.heads, ranks)
+        size = (shape.batch, shape.heads, max(ranks))
         self.tokens = torch.zeros(size, dtype=torch.int64, device=DEVICE)
         self.log_probs = torch.zeros(size, device=DEVICE)
         self.drafts = torch.zeros_like(step.drafts)
@@ -111,7 +112,10 @@ class ChosenTrees:
         self.slots, self.logits, self.workspace = step.slots, step.logits, step.workspace
 
     def top(self) -> None:
-        top_tokens(self.tokens, self.log_probs, self.logits, workspace=self.workspace)
+        top_tokens(
+            self.tokens, self.log_probs, self.logits, weights=self.weights,
+            workspace=self.workspace,
+        )  # fmt: skip
 
     def tree_inputs(self) -> tuple:
         return self.tokens, self.log_probs, self.slots, self.candidates, self.fixed
@@ -127,7 +131,7 @@ class ChosenTrees:
         """Tokens and, from the same log probabilities, trees of the twins."""
         self.draft()
         tokens, log_probs = torch.empty_like(self.tokens), torch.empty_like(self.log_probs)
-        reference.top_tokens(tokens, log_probs, self.logits)
+        reference.top_tokens(tokens, log_probs, self.logits, weights=self.weights)
         drafts = torch.empty_like(self.drafts)
         tables = TreeTables(*(table.clone() for table in self.tables))
         for table in tables:

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import socket
 import subprocess
 import sys
 import time
@@ -18,19 +16,15 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from records import write_record
 
+from vllm_medusa.demo.chat import ask
+from vllm_medusa.demo.server import free_port
+
 QUESTIONS = (
     "Explain in three sentences why the sky is blue.",
     "Write a short poem about a lighthouse.",
     "List five tips for learning to cook.",
     "What is a hash table?",
 )
-
-
-def free_port() -> int:
-    """A port that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_healthy(url: str, server: subprocess.Popen, timeout: float) -> None:
@@ -49,34 +43,14 @@ def wait_healthy(url: str, server: subprocess.Popen, timeout: float) -> None:
 
 def stream_answer(url: str, model: str, question: str, max_tokens: int) -> dict[str, Any]:
     """One greedy chat completion, streamed."""
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": question}],
-        "temperature": 0,
-        "max_tokens": max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    pieces, usage, begin = [], None, time.perf_counter()
-    with urllib.request.urlopen(request, timeout=300) as response:
-        for line in response:
-            if not line.startswith(b"data: ") or b"[DONE]" in line:
-                continue
-            chunk = json.loads(line[6:])
-            usage = chunk.get("usage") or usage
-            pieces += [c["delta"].get("content") or "" for c in chunk["choices"]]
-    seconds = time.perf_counter() - begin
+    pieces: list[str] = []
+    answer = ask(url, model, question, max_tokens, pieces.append)
     return {
         "question": question,
-        "answer": "".join(pieces),
-        "chunks": sum(bool(p) for p in pieces),
-        "tokens": usage["completion_tokens"],
-        "seconds": seconds,
+        "answer": answer.text,
+        "chunks": sum(map(bool, pieces)),
+        "tokens": answer.tokens,
+        "seconds": answer.seconds,
     }
 
 

@@ -26,7 +26,7 @@ from records import spread, write_record
 
 # First match wins; the rest is "other" (norms, rotary embedding, activations, copies).
 KINDS = (
-    ("attention", r"tree_attention|join_splits|tree_part|flash|FlashAttn|reshape_and_cache"),
+    ("attention", r"tree_attention|tree_part|flash|FlashAttn|reshape_and_cache"),
     ("draw", r"gumbel"),
     ("walk", r"tree_walk|scatter_tree"),
     ("KV move", r"kv_compaction|compact|move_rows"),

@@ -4,8 +4,8 @@
 
 Plain vLLM answers MT-Bench questions greedily.  Under greedy verification those answers decide
 which nodes of a tree are accepted, so one pass of the model over them tells the steps that any
-tree takes: the calibrated one beside the heads, cut to each budget, and the likeliest paths by
-the heads' probabilities at the step, among ten and among sixteen ranks.
+tree takes: the calibrated one beside the heads, cut to each budget, the likeliest paths by the
+heads' probabilities at the step, and the same with the served weights of the later heads.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
 from vllm_medusa.training.served_answers import serve_prompts
 from vllm_medusa.training.simulate import accepted_depths, chosen_places, visited_rows
 from vllm_medusa.tree import TokenTree
+from vllm_medusa.tree_candidates import FIRST_RANKS
 
 QUESTIONS = Path(__file__).parent / "data" / "mt_bench_questions.jsonl"
 BUDGETS = (4, 8, 16, 32, 63)
-RANKS = (10, 16)
 RESAMPLES = 2000
 
 
@@ -60,7 +60,7 @@ def answer_and_rank(args: argparse.Namespace) -> HeadRanks:
     model = load_base(args.model, args.dtype, args.device)
     heads = MedusaHeads.from_weights(load_heads_for(model, args.heads), model.device)
     answers = ConversationSet.from_pairs(firsts.values())
-    return rank_answers(model, heads, answers, max(RANKS), with_log_probs=True)
+    return rank_answers(model, heads, answers, FIRST_RANKS, with_log_probs=True)
 
 
 def steps_by_question(depths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -72,11 +72,10 @@ def steps_by_question(depths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def compare(ranks: HeadRanks, tree: TokenTree) -> list[dict[str, Any]]:
     """Tokens per step of every kind of tree, by budget."""
     tokens = np.diff(ranks.offsets) - 1
+    num_heads = ranks.ranks.shape[1]
     places = {
-        f"chosen, {top} ranks": chosen_places(
-            np.where(ranks.ranks < top, ranks.ranks, -1), ranks.log_probs[:, :, :top], BUDGETS[-1]
-        )
-        for top in RANKS
+        name: chosen_places(ranks.ranks, ranks.log_probs, BUDGETS[-1], weights)
+        for name, weights in (("chosen, plain", [1.0] * num_heads), ("chosen", None))
     }
     rows = []
     for budget in BUDGETS:
@@ -90,7 +89,7 @@ def compare(ranks: HeadRanks, tree: TokenTree) -> list[dict[str, Any]]:
                 "interval": bootstrap_interval(tokens.tolist(), steps.tolist(), RESAMPLES, 0),
                 "accepted_by_depth": [
                     float((found[visited_rows(found, ranks.offsets)[0]] >= depth).mean())
-                    for depth in range(1, ranks.ranks.shape[1] + 1)
+                    for depth in range(1, num_heads + 1)
                 ],
             }
         rows.append(row)

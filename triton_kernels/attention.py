@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from .attention_kernels import join_splits_kernel, tree_attention_kernel, tree_part_kernel
+from .attention_kernels import tree_attention_kernel, tree_part_kernel
 from .attention_plan import (
     AttentionPlan,
     ceil_div,
@@ -22,12 +22,6 @@ from .checks import (
     check_tree_attention,
     require,
 )
-
-# Floats of partial results that a program of the joining kernel holds, 16 registers a thread.
-# Its code comes from memory in every layer: 6 KB at 16, 10 KB at 64.
-_JOIN_ELEMENTS = 2048
-_JOIN_MOST_ROWS = 8
-
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -227,38 +221,21 @@ def launch(
     """Run a plan on checked arguments (also the tuner's way in)."""
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads = k_cache.shape[2]
-    group = num_heads // num_kv_heads
-    padded_head = power_of_two_from(head_size)
     is_split = plan.num_splits > 1
-    is_joined = is_split and plan.is_joined
-    chained = is_split and not is_joined and can_chain(q.device)
-    if is_joined and counters is None:
+    if is_split and counters is None:
         counters = join_counters(q.device, plan.row_tiles * num_reqs * num_kv_heads)
-    block_splits = power_of_two_from(plan.num_splits)
-    shape = {
-        "WINDOW": sliding_window, "NUM_KV_HEADS": num_kv_heads, "GROUP": group,
-        "HEAD_SIZE": head_size, "PADDED_HEAD": padded_head,
-        "BLOCK_KEYS": plan.block_keys, "MIN_TILES": plan.min_tiles, "CHAINED": chained,
-    }  # fmt: skip
     tree_masks, second_word = _mask_words(tree_masks, max_query_len)
     scales = _num_scales(k_scale, v_scale, q_scale)
     tree_attention_kernel[(plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits)](
         out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
         k_scale, v_scale, q_scale, workspace, counters, num_tokens, out.stride(0), q.stride(0),
-        block_table.stride(0), tree_masks.stride(0), **shape, **_cache_layout(k_cache, v_cache),
-        SCALE=scale, SOFT_CAP=logit_soft_cap, SCALES=scales,
-        BLOCK_ROWS=plan.block_rows, SECOND_WORD=second_word,
-        IS_SPLIT=is_split, IS_JOINED=is_joined, BLOCK_SPLITS=block_splits,
+        block_table.stride(0), tree_masks.stride(0), **_cache_layout(k_cache, v_cache),
+        SCALE=scale, SOFT_CAP=logit_soft_cap, WINDOW=sliding_window, SCALES=scales,
+        NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, HEAD_SIZE=head_size,
+        PADDED_HEAD=power_of_two_from(head_size), BLOCK_ROWS=plan.block_rows,
+        BLOCK_KEYS=plan.block_keys, SECOND_WORD=second_word, IS_SPLIT=is_split,
+        BLOCK_SPLITS=power_of_two_from(plan.num_splits), MIN_TILES=plan.min_tiles,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
-    )  # fmt: skip
-    if not is_split or is_joined:
-        return
-    join_rows = max(1, min(_JOIN_MOST_ROWS, _JOIN_ELEMENTS // (block_splits * padded_head)))
-    row_tiles = ceil_div(max_query_len * group, join_rows)
-    join_splits_kernel[(row_tiles, num_reqs * num_kv_heads)](
-        out, workspace, query_start_loc, seq_lens, sinks, v_scale, num_tokens, plan.num_splits,
-        out.stride(0), **shape, SCALES=scales, BLOCK_ROWS=join_rows,
-        BLOCK_SPLITS=block_splits, num_warps=4, **({"launch_pdl": True} if chained else {}),
     )  # fmt: skip
 
 

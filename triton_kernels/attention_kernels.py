@@ -1,8 +1,8 @@
-"""The two kernels of tree attention: ranges of keys, and the joining of their results."""
+"""The two kernels of tree attention: all keys, or those of the tree alone."""
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from .attention_tile import (
     LOG2_E,
@@ -31,7 +31,7 @@ def tree_attention_kernel(
     v_scale,  # in [SCALES] float32 or None
     q_scale,  # in [SCALES] float32 or None
     workspace,  # out, IS_SPLIT: float32 accumulators, then (maximum, sum) pairs
-    counters,  # in-place, IS_JOINED: [row_tiles * num_reqs * Hkv] int32, 0 on entry and return
+    counters,  # in-place, IS_SPLIT: [row_tiles * num_reqs * Hkv] int32, 0 on entry and return
     num_tokens,
     out_stride,
     q_stride,
@@ -54,20 +54,16 @@ def tree_attention_kernel(
     BLOCK_KEYS: tl.constexpr,
     SECOND_WORD: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    IS_JOINED: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """Grid: (row_tiles, num_reqs * Hkv, num_splits).
 
     One program owns BLOCK_ROWS (query row, head of the group) pairs of one request and KV
     head, over one range of keys: all query heads of a KV head share the pass over it.
-    With IS_JOINED the program that ends last of a tile joins its splits.
+    Of the splits of a tile the program that ends last joins them: a second kernel for it took
+    8 to 12 us on an H100, whatever the size, this takes 3 to 6.
     """
-    if CHAINED:
-        # The joining kernel's programs may start, and wait, as soon as all of these run.
-        gdc_launch_dependents()
     kv_head, req, start, query_len, seq_len, first_pair = program_rows(
         query_start_loc, seq_lens, NUM_KV_HEADS, BLOCK_ROWS
     )
@@ -126,85 +122,22 @@ def tree_attention_kernel(
         stats = workspace + num_splits * num_pairs * PADDED_HEAD
         tl.store(stats + 2 * pair, row_max, mask=is_row)
         tl.store(stats + 2 * pair + 1, row_sum, mask=is_row)
-        if IS_JOINED:
-            # All threads' results are written before one thread announces them; acquire and
-            # release order them with the reads of the program that comes last.
-            tl.debug_barrier()
-            counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-            num_used = tl.cdiv(end_tile - first_tile, per_split)
-            if tl.atomic_add(counter, 1, sem="acq_rel") + 1 < num_used:
-                return
-            tl.store(counter, 0)
-            first = tokens * (NUM_KV_HEADS * GROUP) + heads
-            acc, row_max, row_sum = join_tile(
-                workspace, stats, first, num_pairs, num_used, is_row, PADDED_HEAD, BLOCK_SPLITS
-            )
-            result = finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES)
-            out_ptrs = out + tokens[:, None] * out_stride
-            out_ptrs += heads[:, None] * HEAD_SIZE + dims[None, :]
-            tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
-def join_splits_kernel(
-    out,  # out [num_tokens, Hq, HEAD_SIZE]
-    workspace,  # in, as written by tree_attention_kernel
-    query_start_loc,  # in [>= num_reqs + 1] int32
-    seq_lens,  # in [>= num_reqs] int32
-    sinks,  # in [Hq] or None
-    v_scale,  # in [SCALES] float32 or None
-    num_tokens,
-    num_splits,
-    out_stride,
-    WINDOW: tl.constexpr,
-    SCALES: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PADDED_HEAD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """Grid: (row_tiles, num_reqs * Hkv). One program joins the splits of BLOCK_ROWS pairs.
-
-    All splits are loaded at once: one after the other, each would wait for the L2 (0.6 us).
-    """
-    kv_head, _, start, query_len, seq_len, first_pair = program_rows(
-        query_start_loc, seq_lens, NUM_KV_HEADS, BLOCK_ROWS
-    )
-    if first_pair >= query_len * GROUP:
-        return
-    _, first_tile, end_tile, per_split = key_tiles(
-        seq_len, seq_len - query_len, num_splits, WINDOW, BLOCK_KEYS, MIN_TILES
-    )
-    _, heads, is_row, tokens = split_pairs(
-        first_pair, start, query_len, kv_head, GROUP, BLOCK_ROWS
-    )
-    dims = tl.arange(0, PADDED_HEAD)
-    splits = tl.arange(0, BLOCK_SPLITS)
-    is_used = splits < tl.cdiv(end_tile - first_tile, per_split)
-    num_pairs = tl.cast(num_tokens, tl.int64) * (NUM_KV_HEADS * GROUP)
-    stats = workspace + num_splits * num_pairs * PADDED_HEAD
-    pair = splits[:, None] * num_pairs + (tokens * (NUM_KV_HEADS * GROUP) + heads)[None, :]
-    is_pair = is_used[:, None] & is_row[None, :]
-    acc_ptrs = workspace + pair[:, :, None] * PADDED_HEAD + dims[None, None, :]
-    if CHAINED:
-        gdc_wait()
-    split_max = tl.load(stats + 2 * pair, mask=is_pair, other=float("-inf"))
-    split_sum = tl.load(stats + 2 * pair + 1, mask=is_pair, other=0.0)
-    split_acc = tl.load(acc_ptrs, mask=is_pair[:, :, None], other=0.0)
-    row_max = tl.max(split_max, 0)
-    anchor = tl.where(row_max == float("-inf"), 0.0, row_max)
-    share = tl.exp2(split_max - anchor[None, :])
-    row_sum = tl.sum(split_sum * share, 0)
-    acc = tl.sum(split_acc * share[:, :, None], 0)
-    result = finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES)
-    out_ptrs = out + tokens[:, None] * out_stride + heads[:, None] * HEAD_SIZE + dims[None, :]
-    is_stored = is_row[:, None] & (dims < HEAD_SIZE)[None, :]
-    tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
+        # All threads' results are written before one thread announces them; acquire and
+        # release order them with the reads of the program that comes last.
+        tl.debug_barrier()
+        counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        num_used = tl.cdiv(end_tile - first_tile, per_split)
+        if tl.atomic_add(counter, 1, sem="acq_rel") + 1 < num_used:
+            return
+        tl.store(counter, 0)
+        first = tokens * (NUM_KV_HEADS * GROUP) + heads
+        acc, row_max, row_sum = join_tile(
+            workspace, stats, first, num_pairs, num_used, is_row, PADDED_HEAD, BLOCK_SPLITS
+        )
+        result = finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES)
+        out_ptrs = out + tokens[:, None] * out_stride
+        out_ptrs += heads[:, None] * HEAD_SIZE + dims[None, :]
+        tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
 
 
 @triton.jit

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from .checks import require
 
-# Three tiles: at 576 keys, 32/8 heads and 64 rows 3 splits take 18.5 us on an H100, 8 splits 20.2,
-# since the last program reads the results of all splits, each as large as its own.
-MIN_KEYS_PER_SPLIT = 192
+# Two tiles. The last program reads the results of all splits, each as large as its own: at 576
+# keys, 32/8 heads of 128 and 32 rows 3, 4, 6 and 8 splits take 16.4, 16.3, 14.8 and 15.5 us on an
+# H100; with 9/3 heads of 64 and 64 rows 12.5, 12.9, 11.9 and 11.7.
+MIN_KEYS_PER_SPLIT = 128
 MAX_SPLITS = 32
 
 
@@ -34,13 +35,11 @@ class AttentionPlan:
     row_tiles : int
         Programs that share one (request, KV head, split).
     num_splits : int
-        KV ranges per request; above 1 a second kernel joins the partial results.
+        KV ranges per request; above 1 the last program of a tile joins the partial results.
     num_warps, num_stages : int
         Triton's launch options.
     min_tiles : int
         Fewest key tiles given to one split.
-    is_joined : bool
-        The last program of a tile joins its splits, not a second kernel.
     """
 
     block_rows: int
@@ -50,7 +49,6 @@ class AttentionPlan:
     num_warps: int
     num_stages: int
     min_tiles: int
-    is_joined: bool = True
 
 
 def plan_attention(
@@ -81,7 +79,7 @@ def plan_attention(
     Examples
     --------
     One request of 64 rows, 8 KV heads, groups of 4, context 2048, on 132 multiprocessors: 256 pairs
-    make 4 tiles of 64, 32 programs; 264 // 32 = 8 splits put two programs on each.
+    make 8 tiles of 32, 64 programs; 396 // 64 = 6 splits put three programs on each.
     """
     pairs, num_stages = max_query_len * group, 2
     padded_head = power_of_two_from(head_size)
@@ -94,6 +92,10 @@ def plan_attention(
         most_rows, block_keys, num_warps = 64, 32, 8
     else:
         most_rows, block_keys, num_warps, num_stages = 64, 64, 4, 3
+        if num_reqs * num_kv_heads * ceil_div(pairs, 32) <= num_multiprocessors:
+            # Few programs: smaller tiles join faster (one request of 64 rows, 32/8 heads: 14.4
+            # against 15.8 us at 256 keys, 17.7 against 18.2 at 512, 30.0 against 29.4 at 2048).
+            most_rows = 32
         programs = num_reqs * num_kv_heads * ceil_div(pairs, 256)
         if pairs > 128 and programs >= num_multiprocessors:
             # Enough programs without a split: all rows share one pass over the keys (227
@@ -105,7 +107,9 @@ def plan_attention(
     if num_splits is None:
         min_tiles = ceil_div(MIN_KEYS_PER_SPLIT, block_keys)
         programs = max(1, num_reqs * num_kv_heads * row_tiles)
-        slots = num_multiprocessors * (2 if num_warps == 4 else 1)
+        # Programs that one multiprocessor holds: registers and stages decide.
+        resident = 1 if num_warps > 4 else 3 if block_rows <= 32 else 2
+        slots = num_multiprocessors * resident
         longest = ceil_div(max_seq_len, MIN_KEYS_PER_SPLIT)
         num_splits = max(1, min(slots // programs, longest, MAX_SPLITS))
     require(num_splits >= 1, "num_splits", num_splits, "at least 1")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from .checks import MAX_TREE_ROWS, at_least, check_tensor, require
-from .draft_workspace import GROUP, DraftWorkspace, num_chunks, num_groups
+from .draft_workspace import GROUP, MAX_TOP, DraftWorkspace, num_chunks, num_groups
 from .tree_types import Candidates, FixedTree, TreeTables
 
 # Groups of one row that the merging program holds at once: 4096 of them are 524,288 tokens.
 MAX_GROUPS = 4096
-MAX_TOP = 128
 MAX_NODES = MAX_TREE_ROWS - 1  # the root is drawn by the target
 # Nodes of a tree that is chosen on the device: its masks have one word.
 MAX_CHOSEN_NODES = 63
@@ -49,6 +48,7 @@ def check_top_tokens(
     log_probs: torch.Tensor,
     logits: torch.Tensor,
     *,
+    weights: torch.Tensor | None,
     token_map: torch.Tensor | None,
     workspace: DraftWorkspace | None,
 ) -> None:
@@ -63,13 +63,18 @@ def check_top_tokens(
         ("log_probs", log_probs, torch.float32),
     ):
         _check_contiguous(name, tensor, shape, dtype, logits.device)
+    if weights is not None:
+        shape = [num_heads]
+        check_tensor("weights", weights, shape=shape, dtype=torch.float32, device=logits.device)
     if workspace is not None:
         rows = num_reqs * num_heads
         _check_workspace(workspace, rows, vocab, logits.device)
-        shape = [at_least(rows * num_chunks(vocab) * 2)]
-        check_tensor(
-            "workspace.sums", workspace.sums, shape=shape, dtype=torch.float32, device=logits.device
-        )
+        for name, tensor, needed, dtype in (
+            ("sums", workspace.sums, rows * num_chunks(vocab) * 2, torch.float32),
+            ("picks", workspace.picks, rows * MAX_TOP, torch.int32),
+        ):
+            name, shape = f"workspace.{name}", [at_least(needed)]
+            check_tensor(name, tensor, shape=shape, dtype=dtype, device=logits.device)
 
 
 def check_best_tree(

@@ -8,16 +8,64 @@ import triton.language as tl
 
 from .checks import check_runnable
 from .checks_draft import check_top_tokens
-from .draft import known, load_groups, merge_groups, sortable
-from .draft_workspace import GROUP, GROUPS_PER_PROGRAM, DraftWorkspace, num_chunks, num_groups
+from .draft import known, load_groups, sortable
+from .draft_workspace import (
+    GROUP,
+    GROUPS_PER_PROGRAM,
+    MAX_TOP,
+    DraftWorkspace,
+    num_chunks,
+    num_groups,
+)
+from .selection import descending, ranks_of, smallest
 
 # float32's largest number. Logits are cut to it, so that no infinity meets another.
 _LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+
+_NEVER: tl.constexpr = tl.constexpr(0xFFFFFFFF)  # behind every key
 
 
 @triton.jit
 def _finite(values):
     return tl.minimum(tl.maximum(values, -_LARGEST), _LARGEST)
+
+
+@triton.jit
+def _best_tokens(
+    row_logits,  # [vocab_size], one row of logits
+    row_maxima,  # [num_groups] int32, keys of its groups' maxima
+    picks,  # scratch [NUM_TOP] int32
+    vocab_size,
+    num_groups,
+    NUM_TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_TOP: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+):
+    """[PADDED_TOP] int32: the best tokens of a row in ascending order.
+
+    They lie in the groups with the best maxima (see ``draft_tree``, which takes one after the
+    other). Here a search finds the last one's key, in about 15 rounds however many are wanted.
+    """
+    all_groups = tl.arange(0, PADDED_GROUPS)
+    # Other multiprocessors wrote the maxima: read them where they all meet, in L2.
+    keys = tl.load(
+        row_maxima + all_groups, mask=all_groups < num_groups, other=0, cache_modifier=".cg"
+    )
+    costs = tl.where(all_groups < num_groups, descending(keys), _NEVER)
+    num_best = tl.minimum(NUM_TOP, num_groups)
+    groups = smallest(costs, picks, num_best, PADDED_GROUPS, PADDED_TOP)
+    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    is_token = (groups >= 0)[:, None] & (ids < vocab_size)
+    values = tl.load(row_logits + ids, mask=is_token, other=float("-inf"))
+    costs = tl.where(is_token, descending(sortable(known(values))), _NEVER)
+    costs = tl.reshape(costs, [PADDED_TOP * GROUP])
+    places = smallest(costs, picks, NUM_TOP, PADDED_TOP * GROUP, PADDED_TOP)
+    # A place counts tokens group by group; the picks of groups are gone, the groups are not.
+    number = tl.arange(0, PADDED_TOP)
+    is_its = (places // GROUP)[:, None] == number[None, :]
+    group = tl.sum(tl.where(is_its, groups[None, :], 0), 1)
+    return group * GROUP + places % GROUP
 
 
 @triton.jit
@@ -27,7 +75,9 @@ def _top_tokens_kernel(
     counters,  # in-place [R * NUM_HEADS] int32, 0 on entry and on return
     maxima,  # scratch [R * NUM_HEADS, num_groups] int32
     sums,  # scratch [R * NUM_HEADS, num_chunks, 2] float32
+    picks,  # scratch [R * NUM_HEADS, MAX_TOP] int32
     logits,  # in [R, NUM_HEADS, vocab_size]
+    weights,  # in [NUM_HEADS] float32, or None
     token_map,  # in [1 or NUM_HEADS, vocab_size] int64, or None
     req_stride,
     head_stride,
@@ -36,6 +86,7 @@ def _top_tokens_kernel(
     num_groups,
     NUM_HEADS: tl.constexpr,
     NUM_TOP: tl.constexpr,
+    MAX_TOP: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS_PER_PROGRAM: tl.constexpr,
     PADDED_TOP: tl.constexpr,
@@ -77,19 +128,22 @@ def _top_tokens_kernel(
     chunk_sums = tl.load(found + 1, mask=is_chunk, other=0.0, cache_modifier=".cg")
     largest = tl.max(chunk_maxima, 0)
     log_sum = tl.log(tl.sum(chunk_sums * tl.exp(chunk_maxima - largest), 0))
-    best = merge_groups(
-        row_logits, row_maxima, NUM_TOP, vocab_size, num_groups, GROUP, PADDED_GROUPS, PADDED_TOP
-    ).to(tl.int64)
-    ranks = tl.arange(0, PADDED_TOP)
-    is_rank = ranks < NUM_TOP
+    best = _best_tokens(
+        row_logits, row_maxima, picks + row.to(tl.int64) * MAX_TOP, vocab_size, num_groups,
+        NUM_TOP, GROUP, PADDED_TOP, PADDED_GROUPS,
+    )  # fmt: skip
+    is_rank = tl.arange(0, PADDED_TOP) < NUM_TOP
     values = known(tl.load(row_logits + best, mask=is_rank, other=float("-inf")))
+    ranks = ranks_of(tl.where(is_rank, descending(sortable(values)), _NEVER), PADDED_TOP)
     # Not above 0 whatever the rounding: no child is then likelier than its parent.
     values = tl.minimum((_finite(values) - largest) - log_sum, 0.0)
+    if weights is not None:
+        values *= tl.load(weights + head)
     if token_map is not None:
         row_map = token_map + head.to(tl.int64) * map_stride
-        best = tl.load(row_map + best, mask=is_rank, other=-1)
+        best = tl.load(row_map + best, mask=is_rank, other=-1).to(tl.int32)
     place = row.to(tl.int64) * NUM_TOP + ranks
-    tl.store(tokens + place, best, mask=is_rank)
+    tl.store(tokens + place, best.to(tl.int64), mask=is_rank)
     tl.store(log_probs + place, values, mask=is_rank)
 
 
@@ -98,6 +152,7 @@ def top_tokens(
     log_probs: torch.Tensor,
     logits: torch.Tensor,
     *,
+    weights: torch.Tensor | None = None,
     token_map: torch.Tensor | None = None,
     workspace: DraftWorkspace | None = None,
 ) -> None:
@@ -112,10 +167,12 @@ def top_tokens(
         ``[>= R, K, T]`` int64, out, contiguous. Ids of the base vocabulary; T <= 128.
     log_probs : torch.Tensor
         ``[>= R, K, T]`` float32, out, contiguous. Log softmax over the heads' vocabulary; never
-        above 0, never rising with the rank, -inf at worst.
+        above 0, never rising with the rank, -inf at worst.  Times `weights`.
     logits : torch.Tensor
         ``[R, K, V]`` bfloat16, float16 or float32, any strides but a dense last dimension; the
         heads' vocabulary, V <= 524288.
+    weights : torch.Tensor, optional
+        ``[K]`` float32, positive. Factor of each head's log probabilities.
     token_map : torch.Tensor, optional
         ``[1 or K, V]`` int64. Heads' vocabulary id -> base vocabulary id.
     workspace : DraftWorkspace, optional
@@ -126,18 +183,22 @@ def top_tokens(
     Logits ``[[[0, 2, 0]]]``, T = 2: tokens ``[[[1, 0]]]``, log probabilities
     ``[[[-0.24, -2.24]]]``.
     """
-    check_top_tokens(tokens, log_probs, logits, token_map=token_map, workspace=workspace)
+    check_top_tokens(
+        tokens, log_probs, logits, weights=weights, token_map=token_map, workspace=workspace
+    )
     check_runnable("logits", logits, _top_tokens_kernel)
     num_reqs, num_heads, vocab = logits.shape
     if num_reqs == 0:
         return
     num_rows, groups, chunks = num_reqs * num_heads, num_groups(vocab), num_chunks(vocab)
+    num_top = tokens.shape[2]
     workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
     _top_tokens_kernel[(num_rows * chunks,)](
-        tokens, log_probs, *workspace, logits, token_map, logits.stride(0), logits.stride(1),
+        tokens, log_probs, *workspace, logits, weights, token_map,
+        logits.stride(0), logits.stride(1),
         0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
-        vocab, groups, NUM_HEADS=num_heads, NUM_TOP=tokens.shape[2], GROUP=GROUP,
-        GROUPS_PER_PROGRAM=GROUPS_PER_PROGRAM, PADDED_TOP=triton.next_power_of_2(tokens.shape[2]),
+        vocab, groups, NUM_HEADS=num_heads, NUM_TOP=num_top, MAX_TOP=MAX_TOP, GROUP=GROUP,
+        GROUPS_PER_PROGRAM=GROUPS_PER_PROGRAM, PADDED_TOP=triton.next_power_of_2(num_top),
         PADDED_GROUPS=triton.next_power_of_2(groups),
         PADDED_CHUNKS=triton.next_power_of_2(chunks), num_warps=4,
     )  # fmt: skip

@@ -10,6 +10,8 @@ import torch
 GROUP = 128
 # Groups whose maxima one program takes: 32 x 128 bfloat16 are 64 bytes a thread of 4 warps.
 GROUPS_PER_PROGRAM = 32
+# Ranks of a head.
+MAX_TOP = 128
 
 
 def num_groups(vocab_size: int) -> int:
@@ -32,6 +34,7 @@ class DraftWorkspace(NamedTuple):
     maxima: torch.Tensor  # [>= R * K * num_groups(V)] int32
     # [>= R * K * num_chunks(V) * 2] float32: each chunk's maximum and its sum of exponentials
     sums: torch.Tensor
+    picks: torch.Tensor  # [>= R * K * MAX_TOP] int32
 
     @classmethod
     def allocate(cls, num_rows: int, vocab_size: int, device: torch.device) -> DraftWorkspace:
@@ -40,4 +43,5 @@ class DraftWorkspace(NamedTuple):
             torch.zeros(num_rows, dtype=torch.int32, device=device),
             torch.empty(num_rows * num_groups(vocab_size), dtype=torch.int32, device=device),
             torch.empty(num_rows * num_chunks(vocab_size) * 2, device=device),
+            torch.empty(num_rows * MAX_TOP, dtype=torch.int32, device=device),
         )

@@ -53,11 +53,14 @@ def top_tokens(
     log_probs: torch.Tensor,  # [>= R, K, T] float32
     logits: torch.Tensor,  # [R, K, V]
     *,
+    weights: torch.Tensor | None = None,  # [K] float32
     token_map: torch.Tensor | None = None,  # [1 or K, V] int64
     workspace: DraftWorkspace | None = None,
 ) -> None:
     """Twin of :func:`vllm_medusa.triton_kernels.draft_tokens.top_tokens`; needs no workspace."""
-    check_top_tokens(tokens, log_probs, logits, token_map=token_map, workspace=workspace)
+    check_top_tokens(
+        tokens, log_probs, logits, weights=weights, token_map=token_map, workspace=workspace
+    )
     num_reqs, num_heads, _ = logits.shape
     if num_reqs == 0:
         return
@@ -66,7 +69,8 @@ def top_tokens(
     known = logits.float().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
     largest = known.amax(-1, keepdim=True)
     log_sum = (known - largest).exp().sum(-1, keepdim=True).log()
-    log_probs[:num_reqs] = ((known.gather(2, ids) - largest) - log_sum).clamp(max=0.0)
+    best = ((known.gather(2, ids) - largest) - log_sum).clamp(max=0.0)
+    log_probs[:num_reqs] = best if weights is None else best * weights[:, None]
     if token_map is not None:
         ids = token_map.expand(num_reqs, num_heads, -1).gather(2, ids)
     tokens[:num_reqs] = ids

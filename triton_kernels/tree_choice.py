@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .checks import check_runnable
 from .checks_draft import check_best_tree
+from .selection import ranks_of, smallest
 from .tree_types import Candidates, FixedTree, TreeTables
 
 _NUM_WARPS = 8
@@ -34,39 +35,7 @@ def _path_costs(
         cost = -tl.load(row_log_probs + column, mask=column >= 0, other=0.0)
         cost = tl.where(cost == cost, cost, float("inf"))
         costs += tl.maximum(cost, 0.0)
-    return tl.where(is_candidate, costs.to(tl.int32, bitcast=True), _NEVER)
-
-
-@triton.jit
-def _cheapest(
-    costs,  # [PADDED_CANDIDATES] int32
-    candidates,  # [PADDED_CANDIDATES] int32, 0, 1, ..
-    chosen,  # scratch [NUM_NODES] int32
-    NUM_NODES: tl.constexpr,
-    PADDED_NODES: tl.constexpr,
-):
-    """[PADDED_NODES] int32: the NUM_NODES cheapest in ascending order; lower ones among equals."""
-    # Bit by bit, until as many lie below as are wanted (some 15 of 31 steps later) or the limit
-    # is the cost of the last one, which others may share.
-    limit = tl.zeros([], tl.int32)
-    bit = tl.full([], 1 << 30, tl.int32)
-    while bit > 0:
-        trial = limit | bit
-        num_below = tl.sum((costs < trial).to(tl.int32), 0)
-        limit = tl.where(num_below <= NUM_NODES, trial, limit)
-        bit = tl.where(num_below == NUM_NODES, 0, bit >> 1)
-    is_below = costs < limit
-    is_equal = costs == limit
-    # Two counts in one scan: below in the low half, equal in the high half.
-    counts = tl.cumsum(is_below.to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
-    num_wanted = NUM_NODES - tl.sum(is_below.to(tl.int32), 0)
-    num_equal = counts >> 16
-    place = (counts & 0xFFFF) + tl.minimum(num_equal, num_wanted) - 1
-    is_chosen = is_below | (is_equal & (num_equal <= num_wanted))
-    tl.store(chosen + place, candidates, mask=is_chosen)
-    tl.debug_barrier()
-    nodes = tl.arange(0, PADDED_NODES)
-    return tl.load(chosen + nodes, mask=nodes < NUM_NODES, other=-2, cache_modifier=".cg")
+    return tl.where(is_candidate, costs.to(tl.int32, bitcast=True), _NEVER).to(tl.uint32)
 
 
 @triton.jit
@@ -116,13 +85,12 @@ def _best_tree_kernel(
         costs = _path_costs(
             row_log_probs, columns, everyone, everyone < num_candidates, num_candidates, DEPTH
         )
-        chosen = _cheapest(costs, everyone, scratch + req * NUM_NODES, NUM_NODES, PADDED_NODES)
+        chosen = smallest(
+            costs, scratch + req * NUM_NODES, NUM_NODES, PADDED_CANDIDATES, PADDED_NODES
+        )
         # Their places by cost; chosen is in ascending order, which settles equal costs.
         costs = _path_costs(row_log_probs, columns, chosen, is_node, num_candidates, DEPTH)
-        is_before = (costs[None, :] < costs[:, None]) | (
-            (costs[None, :] == costs[:, None]) & (nodes[None, :] < nodes[:, None])
-        )
-        row = tl.sum(is_before.to(tl.int32), 1) + 1
+        row = ranks_of(costs, PADDED_NODES) + 1
         column = tl.zeros([PADDED_NODES], tl.int32)
         parent = tl.zeros([PADDED_NODES], tl.int32)
         depth = tl.zeros([PADDED_NODES], tl.int32)

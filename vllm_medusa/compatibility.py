@@ -55,6 +55,9 @@ _FEATURES = "tests/integration/test_features.py::test_feature_identity"
 _IDENTITY = "tests/integration/test_identity.py"
 _PARALLEL = "tests/integration/test_parallel.py::test_two_workers_return_what_one_returns"
 _GRAMMAR = "tests/integration/test_requests.py::test_grammar_follows_the_path"
+_GPU = "tests/integration/test_gpu_features.py"
+_HTTP = "tests/integration/test_http.py"
+_OPTIONS = "tests/integration/test_requests.py::test_options_of_a_request"
 _REQUESTS = "tests/integration/test_requests.py::test_history_is_the_path"
 
 SUPPORTED: tuple[Supported, ...] = (
@@ -70,6 +73,16 @@ SUPPORTED: tuple[Supported, ...] = (
         f"{_IDENTITY}::test_greedy_equals_stock_v1_runner",
     ),
     Supported(
+        "prefill and decode in one batch",
+        WORKS,
+        f"{_IDENTITY}::test_greedy_equals_stock_v1_runner",
+    ),
+    Supported(
+        "batches and trees smaller than a CUDA graph's size",
+        WORKS,
+        f"{_IDENTITY}::test_step_of_the_verification_graphs_equals_stock",
+    ),
+    Supported(
         "a request that reaches max_model_len inside a tree",
         WORKS,
         f"{_IDENTITY}::test_output_up_to_the_model_length",
@@ -79,6 +92,18 @@ SUPPORTED: tuple[Supported, ...] = (
         WORKS,
         f"{_IDENTITY}::test_bias_penalties_and_stops_side_by_side",
     ),
+    Supported("several outputs of a request (n > 1)", WORKS, f"{_OPTIONS}[n > 1]"),
+    Supported(
+        "stop strings and tokens, min tokens, ignore_eos",
+        WORKS,
+        f"{_OPTIONS}[stop strings and tokens]",
+    ),
+    Supported(
+        "logit bias with allowed tokens, min-p and seeds",
+        WORKS,
+        f"{_OPTIONS}[logit bias and allowed tokens]",
+    ),
+    Supported("max_tokens inside a path", WORKS, f"{_OPTIONS}[max_tokens at every cut]"),
     Supported("repetition, presence and frequency penalties", WORKS, f"{_REQUESTS}[penalties]"),
     Supported("bad words", WORKS, f"{_REQUESTS}[bad words]"),
     Supported("thinking budgets", WORKS, f"{_REQUESTS}[thinking budget]"),
@@ -101,6 +126,21 @@ SUPPORTED: tuple[Supported, ...] = (
         "per_request_spec_decode_metrics (by depth, not by node)",
         WORKS,
         "tests/integration/test_requests.py::test_metrics_of_a_request_count_depth",
+    ),
+    Supported(
+        "statistics in a response (metrics.speculative_decoding)",
+        WORKS,
+        f"{_HTTP}::test_statistics_of_a_response",
+    ),
+    Supported(
+        "tool calls over HTTP: named, required",
+        WORKS,
+        f"{_HTTP}::test_tool_call_follows_its_grammar[named]",
+    ),
+    Supported(
+        "tool calls over HTTP: auto, with a parser",
+        WORKS,
+        f"{_HTTP}::test_a_parser_finds_the_call_in_text",
     ),
     Supported(
         "typical acceptance, of the server or of a request",
@@ -135,6 +175,30 @@ SUPPORTED: tuple[Supported, ...] = (
         WORKS,
         "tests/integration/test_ray.py::test_ray_workers_return_what_one_worker_returns",
     ),
+    Supported("W4A16 weights (compressed-tensors)", WORKS, f"{_FEATURES}[int4]"),
+    Supported("AWQ weights", WORKS, f"{_FEATURES}[awq]"),
+    Supported("GPTQ weights", WORKS, f"{_FEATURES}[gptq]"),
+    Supported("GPTQ lm_head that the heads share", WORKS, f"{_FEATURES}[gptq lm_head]"),
+    Supported(
+        "FP8 weights, from a checkpoint or online (GPU)",
+        "works; near ties may fall the other way, as in every bfloat16 run",
+        f"{_GPU}::test_quantised_weights[fp8, online]",
+    ),
+    Supported(
+        "bitsandbytes weights",
+        "not in vLLM 0.32, which refuses the name",
+        "tests/integration/test_features.py::test_refused_at_start[bitsandbytes]",
+    ),
+    Supported("KV offloading (OffloadingConnector)", WORKS, f"{_FEATURES}[offloading]"),
+    Supported("reload_weights", WORKS, f"{_FEATURES}[reload]"),
+    Supported(
+        "sleep mode on a CPU",
+        "vLLM refuses it there",
+        "tests/integration/test_features.py::test_refused_at_start[sleep mode]",
+    ),
+    Supported(
+        "sleep mode, levels 1 and 2 (GPU)", WORKS, f"{_GPU}::test_sleep_keeps_target_and_heads"
+    ),
     Supported("LoRA adapters on the base (independent heads)", WORKS, f"{_FEATURES}[lora]"),
     Supported(
         "another engine before or after it in one process",
@@ -157,6 +221,10 @@ SUPPORTED: tuple[Supported, ...] = (
     Supported("GPT-NeoX, OLMo 2, Granite, Cohere, StableLM", WORKS, f"{_FAMILIES}[gpt_neox]"),
     Supported("M-RoPE positions (Qwen2-VL and others)", WORKS, f"{_FAMILIES}[mrope]"),
 )
+
+# vLLM's KV offloading copies a block in a step after the one that filled it: full blocks of
+# tokens that were output, whose rows have moved to their places by then.
+OFFLOADING_CONNECTOR = "OffloadingConnector"
 
 # Where every refusal is provoked.
 REFUSAL_TEST = "tests/unit/test_compatibility.py::test_refusal"
@@ -185,12 +253,6 @@ def _kv_cache_dtype(config: Any) -> bool:
 
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "the V1 model runner",
-        "trees run on Model Runner V2 only; unset VLLM_USE_V2_MODEL_RUNNER and check that Triton "
-        "is installed",
-        _v2_runner_off,
-    ),
     Refusal(
         "recurrent layers (Mamba, gated delta nets)",
         "their state cannot branch",
@@ -227,17 +289,30 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.model_config.rswa_window is not None,
     ),
     Refusal(
-        "KV connectors (offloading, disaggregated prefill)",
-        "they copy cache blocks before the accepted rows have moved to their places",
-        lambda c: c.kv_transfer_config is not None,
+        "KV connectors other than OffloadingConnector",
+        "some copy cache rows inside the forward pass, before accepted ones have moved to their "
+        "places, and the others are not tested",
+        lambda c: (
+            c.kv_transfer_config is not None
+            and c.kv_transfer_config.kv_connector != OFFLOADING_CONNECTOR
+        ),
     ),
     Refusal(
-        "decode or prefill context parallelism",
-        "accepted rows would have to move between ranks",
+        "KV offloading with pipeline parallelism",
+        "the stages move accepted rows at different times, and offloading then is not tested",
         lambda c: (
-            c.parallel_config.decode_context_parallel_size > 1
-            or c.parallel_config.prefill_context_parallel_size > 1
+            c.kv_transfer_config is not None and c.parallel_config.pipeline_parallel_size > 1
         ),
+    ),
+    Refusal(
+        "decode context parallelism",
+        "accepted rows would have to move between ranks",
+        lambda c: c.parallel_config.decode_context_parallel_size > 1,
+    ),
+    Refusal(
+        "prefill context parallelism",
+        "its ranks share out the rows of a batch, and trees in such a batch are not tested",
+        lambda c: c.parallel_config.prefill_context_parallel_size > 1,
     ),
     Refusal(
         "dual batch overlap",
@@ -270,6 +345,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "return_sampling_mask",
         "its rows are laid out as a chain",
         lambda c: c.model_config.return_sampling_mask,
+    ),
+    # Last: vLLM falls back to that runner for the sake of some of the features above.
+    Refusal(
+        "the V1 model runner",
+        "trees run on Model Runner V2 only; unset VLLM_USE_V2_MODEL_RUNNER and check that Triton "
+        "is installed",
+        _v2_runner_off,
     ),
 )
 

@@ -20,6 +20,7 @@ from vllm_medusa.head_weights import HeadWeights
 CPU_SHARE = 4
 # Smaller vocabularies are cheap, and a tree may ask for as many ranks.
 LEAST_SIZE = 4096
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def default_size(device_type: str, vocab_size: int) -> int | None:
@@ -69,7 +70,8 @@ def floating_lm_head(target: Any, hidden_size: int) -> Any | None:
     """The target's lm_head layer, if its rows are plain floats and it has no bias."""
     lm_head = getattr(target, "lm_head", None)
     weight = getattr(lm_head, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.ndim != 2:
+    # Floats of eight bits are quantised weights too.
+    if weight is None or weight.dtype not in FLOATS or weight.ndim != 2:
         return None
     if getattr(lm_head, "bias", None) is not None or weight.shape[1] != hidden_size:
         return None

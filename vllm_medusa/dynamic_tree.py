@@ -1,6 +1,7 @@
 """A tree per request and per step: the likeliest nodes by the heads' own probabilities.
 
-Independent heads give every path a probability, the product along it.  The best tree of n
+Independent heads give every path a probability, the product along it (later heads weigh a
+little more, see :mod:`vllm_medusa.tree_candidates`).  The best tree of n
 nodes is then the n likeliest paths, which two launches find inside the step's CUDA graph: one
 takes every head's best tokens with their log probabilities, one chooses among the paths that
 can be in such a tree at all and writes the tree into the tables of the request's slot, where
@@ -20,7 +21,12 @@ from vllm_medusa.kernels import (
     top_tokens,
 )
 from vllm_medusa.tree_batch import TreeBatch
-from vllm_medusa.tree_candidates import candidate_paths, candidate_tables, ranks_for
+from vllm_medusa.tree_candidates import (
+    candidate_paths,
+    candidate_tables,
+    head_ranks,
+    head_weights,
+)
 
 
 class DynamicDrafter:
@@ -44,9 +50,9 @@ class DynamicDrafter:
     def __init__(self, tree_batch: TreeBatch, num_heads: int, vocab_size: int):
         tree, device = tree_batch.tree, tree_batch.device
         max_num_reqs = tree_batch.parents.shape[0]
-        num_ranks = ranks_for(tree.num_nodes, num_heads, vocab_size)
-        num_top = max(num_ranks, tree.max_rank + 1)
-        paths = candidate_paths(tree.num_nodes, [num_ranks] * num_heads)
+        ranks = head_ranks(tree.num_nodes, num_heads, vocab_size)
+        num_top = max(*ranks, tree.max_rank + 1)
+        paths = candidate_paths(tree.num_nodes, ranks)
         self.candidates = Candidates(
             *(
                 torch.from_numpy(table).to(device)
@@ -64,6 +70,7 @@ class DynamicDrafter:
             # Row 0 of any slot: no tree was chosen yet.
             *(table[0].clone() for table in self.tables),
         )
+        self.weights = torch.tensor(head_weights(num_heads), device=device)
         self.workspace = DraftWorkspace.allocate(max_num_reqs * num_heads, vocab_size, device)
         shape = (max_num_reqs, num_heads, num_top)
         self.tokens = torch.empty(shape, dtype=torch.int64, device=device)
@@ -81,7 +88,12 @@ class DynamicDrafter:
     ) -> None:
         """Write every request's next tree into its slot's tables, and its drafts to ``out``."""
         top_tokens(
-            self.tokens, self.log_probs, logits, token_map=token_map, workspace=self.workspace
+            self.tokens,
+            self.log_probs,
+            logits,
+            weights=self.weights,
+            token_map=token_map,
+            workspace=self.workspace,
         )
         best_tree(
             out,

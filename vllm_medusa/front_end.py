@@ -30,6 +30,8 @@ CUDA_BACKENDS = {
     "triton": "vllm_medusa.attention_backend.TreeAttentionBackend",
     "xformers": "vllm_medusa.xformers_attention.XformersTreeBackend",
 }
+# vLLM's name for all parameters of the draft model.
+DRAFT_PARAMETERS = "draft.*"
 CPU_BACKEND = "vllm_medusa.cpu_attention_backend.TreeCPUAttentionBackend"
 
 
@@ -128,6 +130,10 @@ def prepare_engine_args(engine_args: Any) -> None:
             f"scheduler_cls={engine_args.scheduler_cls!r} cannot be combined with Medusa, which "
             "brings its own scheduler; leave scheduler_cls unset"
         )
+    if engine_args.enable_sleep_mode:
+        # Sleep of level 2 drops all weights, and reload_weights brings back the target's only.
+        kept = [*engine_args.sleep_preserve_parameter_names, DRAFT_PARAMETERS]
+        engine_args.sleep_preserve_parameter_names = list(dict.fromkeys(kept))
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
         vllm_seams.forget_attention_choices()

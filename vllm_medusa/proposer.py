@@ -93,7 +93,6 @@ class MedusaProposer(DraftModelSpeculator):
         if get_tensor_model_parallel_world_size() > 1 and not weights.spec.sequential:
             self.sharded = shard_heads(weights, target_model, size, self.device)
         if self.sharded is not None:
-            self.sharded.allocate(self.max_num_reqs, self.num_top)
             heads = self.sharded.heads
         else:
             weights = cut_lm_head(weights, target_model, size)
@@ -111,14 +110,21 @@ class MedusaProposer(DraftModelSpeculator):
         # Not a submodule: vLLM walks the draft's parameters on reload and sleep.
         object.__setattr__(self, "compute_base_logits", target_model.compute_logits)
         if heads.spec.sequential:
-            self.drafter = SequentialDrafter(heads, self.tree_batch.tree)
             object.__setattr__(self, "embed_tokens", target_model.embed_input_ids)
-        elif self.speculative_config.dynamic_tree:
-            self.drafter = DynamicDrafter(self.tree_batch, self.num_heads, heads.spec.output_size)
-        elif self.sharded is None:
-            rows = self.max_num_reqs * self.num_heads
-            self.workspace = DraftWorkspace.allocate(rows, heads.spec.output_size, self.device)
         return heads
+
+    def build_drafter(self) -> None:
+        """Allocate what the loaded heads draft in."""
+        spec = self.model.spec
+        if spec.sequential:
+            self.drafter = SequentialDrafter(self.model, self.tree_batch.tree)
+        elif self.speculative_config.dynamic_tree:
+            self.drafter = DynamicDrafter(self.tree_batch, self.num_heads, spec.output_size)
+        elif self.sharded is not None:
+            self.sharded.allocate(self.max_num_reqs, self.num_top)
+        else:
+            rows = self.max_num_reqs * self.num_heads
+            self.workspace = DraftWorkspace.allocate(rows, spec.output_size, self.device)
 
     def use_base_logits(self, compute_logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Score with the base's lm_head where the target's carries LoRA adapters.
@@ -128,7 +134,7 @@ class MedusaProposer(DraftModelSpeculator):
         ValueError
             With sequential heads, which would also need the base's embeddings.
         """
-        if isinstance(self.drafter, SequentialDrafter):
+        if self.model.spec.sequential:
             raise ValueError(
                 "Medusa does not run with LoRA adapters and sequential heads: these read "
                 "embeddings to which an adapter may belong; use independent heads"

@@ -51,21 +51,29 @@ class TreeRunnerMixin:
             self.rank_check = RankCheck(self)
 
     def load_model(self, *args, **kwargs) -> None:
-        """Load the target, then put the tree verifier where vLLM keeps its rejection sampler."""
+        """Load the target and the heads; :meth:`build_verifier` is to follow."""
         super().load_model(*args, **kwargs)
         self.base_logits = self.model.compute_logits
         if self.lora_config is not None:
             self.base_logits = base_logits(self.model)
             if self.speculator is not None:
                 self.speculator.use_base_logits(self.base_logits)
+        if self.model_config.uses_mrope:
+            follow_depths(self.model_state, self.tree_batch)
+
+    def build_verifier(self) -> None:
+        """Put the tree verifier where vLLM keeps its rejection sampler.
+
+        Called by the worker outside vLLM's memory pool of weights: sleep of level 2 throws
+        that away and brings back parameters and buffers of the models only.
+        """
         if self.is_last_pp_rank and self.sampler is not None:
             self.rejection_sampler = TreeVerifier(
                 self.sampler, self.speculative_config, self.device, self.tree_batch
             )
             self.verification_step = VerificationStep(self)
             self.speculator.verification_step = self.verification_step
-        if self.model_config.uses_mrope:
-            follow_depths(self.model_state, self.tree_batch)
+            self.speculator.build_drafter()
 
     def head_bytes(self) -> int:
         """Bytes of the heads on this rank; only the last pipeline stage has any."""

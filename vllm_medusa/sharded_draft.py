@@ -115,6 +115,9 @@ class ShardedDraft:
         self.num_top, self.num_own = num_top, min(num_top, size)
         self.workspace = DraftWorkspace.allocate(num_rows, max(1, size), device)
         self.columns = torch.arange(self.num_own, device=device)
+        if self.token_map is not None:
+            # Loaded beside the weights, but no buffer of a model: sleep would drop it.
+            self.token_map = self.token_map.clone()
 
     def best_keys(
         self,

@@ -8,8 +8,13 @@ import numpy as np
 
 from vllm_medusa.tree_paths import TreePath
 
-# Ranks of a head that a tree chosen step by step may use.
-MAX_RANKS = 16
+# Ranks that a tree chosen step by step may use, of the first head and of the later ones. An
+# unsure first head wants many: with 16 instead of 32, 63 nodes lose 2 % of the tokens per step
+# of SmolLM2's heads; later heads lose nothing from 10 on.
+FIRST_RANKS, LATER_RANKS = 32, 10
+# Factor of the later heads' log probabilities. Heads are not quite independent: behind a first
+# token that was not the likeliest, what later heads expect comes less often than they say.
+LATER_WEIGHT = 1.3
 
 
 def candidate_paths(num_nodes: int, ranks: Sequence[int]) -> list[TreePath]:
@@ -51,25 +56,32 @@ def candidate_paths(num_nodes: int, ranks: Sequence[int]) -> list[TreePath]:
     return sorted(found, key=lambda path: (len(path), path))
 
 
-def ranks_for(num_nodes: int, num_heads: int, vocab_size: int) -> int:
-    """Ranks of every head for trees of ``num_nodes`` nodes.
+def head_ranks(num_nodes: int, num_heads: int, vocab_size: int) -> list[int]:
+    """Ranks that each head supplies to trees of ``num_nodes`` nodes.
 
-    :data:`MAX_RANKS`, or more where so few do not make as many candidates.
+    :data:`FIRST_RANKS` and :data:`LATER_RANKS`, or more where so few do not make as many
+    candidates.
 
     Raises
     ------
     ValueError
         When the heads' whole vocabulary does not.
     """
-    ranks = min(MAX_RANKS, num_nodes, vocab_size)
-    while len(candidate_paths(num_nodes, [ranks] * num_heads)) < num_nodes:
-        if ranks == min(num_nodes, vocab_size):
+    most = min(num_nodes, vocab_size)
+    ranks = [min(FIRST_RANKS, most), *[min(LATER_RANKS, most)] * (num_heads - 1)]
+    while len(candidate_paths(num_nodes, ranks)) < num_nodes:
+        if min(ranks) == most:
             raise ValueError(
                 f"tree='dynamic': {num_heads} heads over {vocab_size} tokens fill fewer than "
                 f"{num_nodes} nodes; lower num_speculative_tokens"
             )
-        ranks += 1
+        ranks = [min(rank + 1, most) for rank in ranks]
     return ranks
+
+
+def head_weights(num_heads: int) -> list[float]:
+    """Factor of each head's log probabilities."""
+    return [1.0, *[LATER_WEIGHT] * (num_heads - 1)]
 
 
 def candidate_tables(

@@ -39,3 +39,8 @@ class MedusaWorker(Worker):
     def medusa_head_bytes(self) -> int:
         """Memory that the heads take on this rank, for ``LLM.collective_rpc``."""
         return self.model_runner.head_bytes()
+
+    def load_model(self, **kwargs) -> None:
+        """Load the models, then build what verifies their trees outside the pool of weights."""
+        super().load_model(**kwargs)
+        self.model_runner.build_verifier()

@@ -4,7 +4,7 @@
 
 JOB: {"engine": {LLM arguments}, "plain_v2": bool, "batches": [{"prompts": [[ids]],
 "sampling": [{...}]}], "break": null | "compaction" | "rope" | "chains" | "row kernels",
-"whole_steps": bool, "count_row_products": bool}.
+"whole_steps": bool, "count_row_products": bool, "count_mixed_steps": bool}.
 The result holds token ids, logprobs, spec-decode counters and the classes that really ran.
 """
 
@@ -20,6 +20,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+COUNTERS = (
+    "vllm:num_preemptions",
+    "vllm:prefix_cache_hits",
+    "vllm:external_prefix_cache_hits",
+)
 
 
 def use_plain_v2(engine: dict) -> None:
@@ -104,6 +111,23 @@ def count_whole_steps(padding: int = 2) -> list[int]:
     return sizes
 
 
+def count_mixed_steps() -> list[int]:
+    """Note from now on how many tree requests are verified in a batch that also prefills."""
+    from vllm_medusa.cpu_attention_backend import TreeCPUAttentionBuilder
+
+    mixed, build = [], TreeCPUAttentionBuilder.build
+
+    def noting(self, *args, **kwargs):
+        made = build(self, *args, **kwargs)
+        rest = getattr(made, "rest", None)
+        if rest is not None and rest.max_query_len > 1:
+            mixed.append(self.tree_batch.num_tree_reqs)
+        return made
+
+    TreeCPUAttentionBuilder.build = noting
+    return mixed
+
+
 def engine_arguments(job: dict) -> dict:
     """``LLM`` arguments of a job; ``"tokenizer": true`` loads the model's tokenizer."""
     arguments = dict(job["engine"])
@@ -145,7 +169,8 @@ def sampling_params(cls, fields: dict):
     if "logit_bias" in fields:
         bias = {int(token): value for token, value in fields["logit_bias"].items()}
         fields = fields | {"logit_bias": bias}
-    return cls(detokenize=False, **fields)
+    # Stop strings are looked for in text.
+    return cls(detokenize="stop" in fields, **fields)
 
 
 def logprob_rows(rows: list | None) -> list | None:
@@ -191,9 +216,7 @@ def counters(llm) -> dict:
     for metric in llm.get_metrics():
         if metric.name.startswith("vllm:spec_decode"):
             found[metric.name] = getattr(metric, "values", None) or metric.value
-        if metric.name == "vllm:num_preemptions":
-            found[metric.name] = metric.value
-        if metric.name == "vllm:prefix_cache_hits":
+        if metric.name in COUNTERS:
             found[metric.name] = metric.value
     return found
 
@@ -215,6 +238,7 @@ def main() -> None:
     if job.get("break"):
         break_something(job["break"])
     whole_steps = count_whole_steps() if job.get("whole_steps") else []
+    mixed_steps = count_mixed_steps() if job.get("count_mixed_steps") else []
     row_products = count_row_products() if job.get("count_row_products") else {}
     launches = record_launches() if job.get("record_launches") else {}
     llm = LLM(**engine_arguments(job))
@@ -246,6 +270,7 @@ def main() -> None:
                     for kernel, arguments in launches.items()
                 },
                 "whole_steps": len(whole_steps),
+                "mixed_steps": len(mixed_steps),
                 "row_products": row_products,
                 "distinct_trees": distinct_trees(runner),
                 "worker": f"{type(worker).__module__}.{type(worker).__name__}",

@@ -5,13 +5,14 @@
 JOBS: {name: job}, in order.  A job is {"engine": {LLM arguments}, "plain_v2": bool,
 "batches": [batch], "tokenizer": bool, "async": bool, "break": null | "compaction" | "rope" |
 "chains"}; :func:`generate` says what a batch may hold.  With "config_only" (and perhaps "env") the
-engine's config is made and nothing else.
+engine's config is made and nothing else.  "watch_pool" asks for a report of :mod:`weights_pool`.
 RESULTS: {name: {"batches", "accepted" (drafts, of each batch), "counters", "runner",
-"scheduler"}, or {"error": text}}.
+"scheduler", "pool"}, or {"error": text}}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_job
+import weights_pool
 
 
 def register_models(directories: set[str]) -> None:
@@ -56,19 +58,38 @@ def run(job: dict) -> tuple[dict, Any | None]:
         return {"batches": []}, None
     if job.get("break"):
         engine_job.break_something(job["break"])
-    llm = LLM(**engine_job.engine_arguments(job))
+    watch = weights_pool.watched() if job.get("watch_pool") else contextlib.nullcontext()
+    with watch as pool:
+        llm = LLM(**engine_job.engine_arguments(job))
     batches, accepted = [], []
-    for batch in job["batches"]:
+    for index, batch in enumerate(job["batches"]):
+        make_ready(llm, batch, job["batches"][index - 1], batches)
         batches.append(generate(llm, batch))
         counted = engine_job.counters(llm).get("vllm:spec_decode_num_accepted_tokens", 0)
         accepted.append(counted - sum(accepted))
     core = llm.llm_engine.engine_core.engine_core
     # With several workers they run in processes of their own.
     driver = getattr(core.model_executor, "driver_worker", None)
-    runner = None if driver is None else type(driver.worker.model_runner).__name__
-    scheduler = type(core.scheduler).__name__
-    result = {"batches": batches, "counters": engine_job.counters(llm), "runner": runner}
-    return result | {"accepted": accepted, "scheduler": scheduler}, llm
+    runner = None if driver is None else driver.worker.model_runner
+    result = {
+        "batches": batches,
+        "accepted": accepted,
+        "counters": engine_job.counters(llm),
+        "runner": None if runner is None else type(runner).__name__,
+        "scheduler": type(core.scheduler).__name__,
+    }
+    if pool is not None:
+        result["pool"] = weights_pool.report(runner, pool)
+    return result, llm
+
+
+def make_ready(llm: Any, batch: dict, previous: dict, results: list[list[dict]]) -> None:
+    """Make a batch's "calls", and put the output so far behind the prompts it "continues"."""
+    for name, *arguments in batch.get("calls", ()):
+        getattr(llm, name)(*arguments)
+    if batch.get("continues"):
+        pairs = zip(previous["prompts"], results[-1], strict=True)
+        batch["prompts"] = [prompt + result["token_ids"] for prompt, result in pairs]
 
 
 def generate(llm: Any, batch: dict) -> list[dict]:
@@ -77,7 +98,9 @@ def generate(llm: Any, batch: dict) -> list[dict]:
     Besides "prompts" and "sampling", a batch may name an "embeddings" tensor file (prompts
     become embeddings), LoRA "adapters" [directory] that the requests use in turn, or
     requests to "abort" [indices] once their output has "abort_after" tokens.  Of a batch that
-    is "refused" each request is tried alone, and its error returned.
+    is "refused" each request is tried alone, and its error returned.  Before a batch come its
+    "calls", methods of ``LLM`` with their arguments; one that "continues" goes on where the
+    batch before it ended.
     """
     from vllm import SamplingParams
 
@@ -104,6 +127,15 @@ def generate(llm: Any, batch: dict) -> list[dict]:
             "logprobs": engine_job.logprob_rows(output.outputs[0].logprobs),
             "prompt_logprobs": engine_job.logprob_rows(output.prompt_logprobs),
             "finish": output.outputs[0].finish_reason,
+            "stop": output.outputs[0].stop_reason,
+            "others": [
+                {
+                    "token_ids": list(other.token_ids),
+                    "finish": other.finish_reason,
+                    "stop": other.stop_reason,
+                }
+                for other in output.outputs[1:]
+            ],
             "metrics": (m := output.outputs[0].spec_decode_metrics) and m.to_dict(),
         }
         for output in outputs

@@ -156,13 +156,13 @@ def fit_family_heads(model: Any, directory: Path) -> float:
     return accuracy
 
 
-def random_heads(directory: Path, seed: int = 0) -> None:
+def random_heads(directory: Path, seed: int = 0, size: int = HIDDEN) -> None:
     """Write heads of one layer that use the base's lm_head and know nothing."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for k in range(NUM_HEADS):
-        tensors[f"{k}.0.linear.weight"] = torch.randn(HIDDEN, HIDDEN, generator=generator)
-        tensors[f"{k}.0.linear.bias"] = torch.randn(HIDDEN, generator=generator)
+        tensors[f"{k}.0.linear.weight"] = torch.randn(size, size, generator=generator)
+        tensors[f"{k}.0.linear.bias"] = torch.randn(size, generator=generator)
     write_heads(directory, tensors)
 
 

@@ -10,21 +10,58 @@ from pathlib import Path
 import pytest
 import transformers
 import variants
+from families import random_heads
 from test_families import ENGINE, NODES, batches, token_ids
-from tiny import HIDDEN, VOCAB
+from tiny import HIDDEN, VOCAB, make_model
 
 pytestmark = pytest.mark.vllm
 
 ABORTED, ABORTED_AFTER = [1, 4, 9], 11
-CASES = ("plain", "prompt logprobs", "abort", "embeddings", "int8", "lora")
+QUANTISED = ("int8", "int4", "gptq", "awq", "gptq lm_head")
+CASES = (
+    *("plain", "prompt logprobs", "abort", "embeddings", "lora", "reload"),
+    *("offloading", "offloading, async"),
+    *QUANTISED,
+)
+# Blocks for a third of the requests' tokens: others are preempted, and finished ones dropped.
+FEW_BLOCKS = 30
+OFFLOADING = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {
+        "cpu_bytes_to_use": 2**26,
+        "offload_prompt_only": False,
+        "spec_name": "HostOffloadingSpec",
+        "spec_module_path": "host_offloading",
+    },
+}
 # float32 log-softmax of one vocabulary, summed in another order.
 LOGPROB_TOLERANCE = 2e-4
 
 
+def quantised_jobs(tiny: dict[str, str], root: Path) -> dict[str, dict]:
+    """Format -> the job without Medusa; vLLM's products of four-bit weights take no float32."""
+    source = Path(tiny["model"])
+    variants.write_int8(source, root / "int8")
+    variants.write_int4(source, root / "int4")
+    variants.write_gptq(source, root / "gptq")
+    variants.write_awq(source, root / "awq")
+    # vLLM reads a quantised lm_head where it need not pad the vocabulary, and the heads share it.
+    make_model(root / "wide", vocab_size=128)
+    variants.write_gptq(root / "wide", root / "gptq lm_head", lm_head=True)
+    random_heads(root / "shared lm_head")
+    jobs = {}
+    for name in QUANTISED:
+        dtype = "float32" if name == "int8" else "float16"
+        engine = {"model": str(root / name), **ENGINE, "dtype": dtype}
+        jobs[name] = {"engine": engine, "batches": batches()}
+    jobs["gptq lm_head"]["heads"] = str(root / "shared lm_head")
+    return jobs
+
+
 def feature_jobs(tiny: dict[str, str], root: Path) -> dict[str, dict]:
-    """Case -> the job without Medusa."""
+    """Case -> the job without Medusa; "medusa" and "heads" are for the other engine."""
     variants.write_embeddings(Path(tiny["model"]), root / "table.pt")
-    variants.write_int8(Path(tiny["model"]), root / "int8")
     # vLLM's CPU kernels give a request without an adapter the last one's weights.
     adapters = [str(root / "adapter 1"), str(root / "adapter 2")]
     for seed, adapter in enumerate(adapters):
@@ -39,14 +76,25 @@ def feature_jobs(tiny: dict[str, str], root: Path) -> dict[str, dict]:
         batch["sampling"] = [params | {"prompt_logprobs": 2} for params in batch["sampling"]]
     aborting = [b | {"abort": ABORTED, "abort_after": ABORTED_AFTER} for b in batches()]
     embedded = [batch | {"embeddings": str(root / "table.pt")} for batch in batches()]
+    continued = [b | extra for b in batches() for extra in ({}, {"continues": True})]
+    reloaded = [b | {"calls": [["collective_rpc", "reload_weights"]]} for b in batches()]
+    offloading = {
+        "engine": engine | {"num_gpu_blocks_override": FEW_BLOCKS},
+        "batches": continued,
+        "medusa": {"kv_transfer_config": OFFLOADING},
+    }
     return {
         "plain": {"engine": engine, "batches": batches()},
         "prompt logprobs": {"engine": engine, "batches": with_logprobs},
         # The next batch runs in the slots that the aborted requests left.
         "abort": {"engine": engine, "batches": [*aborting, *batches()]},
         "embeddings": {"engine": engine | {"enable_prompt_embeds": True}, "batches": embedded},
-        "int8": {"engine": engine | {"model": str(root / "int8")}, "batches": batches()},
         "lora": {"engine": engine | with_lora, "batches": adapted},
+        "offloading": offloading,
+        # As on a GPU: the next step is scheduled before this one's tokens are known.
+        "offloading, async": offloading | {"async": True},
+        "reload": {"engine": engine, "batches": reloaded},
+        **quantised_jobs(tiny, root),
     }
 
 
@@ -54,11 +102,12 @@ def feature_jobs(tiny: dict[str, str], root: Path) -> dict[str, dict]:
 def results(tiny, run_series, tmp_path_factory) -> dict[str, dict]:
     """``case`` and ``case, medusa`` -> result; V1 and V2 engines around them."""
     jobs = feature_jobs(tiny, tmp_path_factory.mktemp("features"))
-    config = {"method": "medusa", "model": tiny["heads"], "num_speculative_tokens": NODES}
+    config = {"method": "medusa", "num_speculative_tokens": NODES}
     series = {"V1 before": jobs["plain"]}
     for name, job in jobs.items():
-        engine = job["engine"] | {"speculative_config": config}
-        series[f"{name}, medusa"] = {**job, "engine": engine}
+        speculation = {"speculative_config": config | {"model": job.get("heads", tiny["heads"])}}
+        engine = job["engine"] | job.get("medusa", {}) | speculation
+        series[f"{name}, medusa"] = {**job, "engine": engine, "watch_pool": name == "plain"}
     series["V1 after"] = jobs["plain"]
     series |= {name: {**job, "plain_v2": True} for name, job in jobs.items()}
     return run_series(series)
@@ -75,7 +124,9 @@ def test_feature_identity(results, case):
                     assert ABORTED_AFTER <= len(batch[index]) < 48
                     del batch[index][ABORTED_AFTER:]
     assert found == expected
-    assert results[f"{case}, medusa"]["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    counters = results[f"{case}, medusa"]["counters"]
+    # Random heads are right now and then.
+    assert counters["vllm:spec_decode_num_accepted_tokens"] > 0
     assert results[f"{case}, medusa"]["runner"] == "MedusaCPUModelRunner"
     assert results[case]["runner"] == "CPUModelRunner"
 
@@ -99,8 +150,25 @@ def test_embeddings_of_tokens_are_the_tokens(results):
     assert token_ids(results["embeddings, medusa"]) == token_ids(results["plain"])
 
 
-def test_int8_is_another_model(results):
-    assert token_ids(results["int8"]) != token_ids(results["plain"])
+def test_what_level_2_sleep_drops_is_what_vllm_brings_back(results):
+    """Of what the plugin keeps, only the heads lie with the weights."""
+    pool = results["plain, medusa"]["pool"]
+    assert pool["heads"] == ["bias", "lm_head", "weight"]
+    assert pool["others"] == []
+
+
+@pytest.mark.parametrize("case", ["offloading", "offloading, async"])
+def test_offloaded_blocks_come_back(results, case):
+    """More than the prompts of the first batches: blocks whose rows trees have written."""
+    result = results[f"{case}, medusa"]
+    prompt_tokens = sum(len(prompt) for batch in batches() for prompt in batch["prompts"])
+    assert result["counters"]["vllm:external_prefix_cache_hits"] > prompt_tokens
+    assert result["counters"]["vllm:num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("case", QUANTISED)
+def test_quantised_is_another_model(results, case):
+    assert token_ids(results[case]) != token_ids(results["plain"])
 
 
 def test_adapters_are_other_models(results):
@@ -149,16 +217,35 @@ REFUSED = {
     "chunked attention": ("Llama4ForCausalLM", "chunked local attention"),
     "ALiBi": ("BloomForCausalLM", "ALiBi"),
     "pooling": ({"runner": "pooling"}, "pooling models"),
-    "context parallelism": ({"prefill_context_parallel_size": 2}, "context parallelism"),
+    "prefill context parallelism": (
+        {"prefill_context_parallel_size": 2},
+        "prefill context parallelism",
+    ),
+    "decode context parallelism": (
+        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+        "decode context parallelism",
+    ),
     "dual batch overlap": ({"ubatch_size": 2}, "dual batch overlap"),
     "fast prefill": ({"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
     "FP8 cache": ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
     "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism without async"),
-    "KV offloading": ({"kv_offloading_size": 1.0}, "KV connectors"),
     "KV connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-        "KV connectors",
+        "KV connectors other than",
     ),
+    "offloading and pipeline": (
+        {"kv_offloading_size": 1.0, "pipeline_parallel_size": 2},
+        "KV offloading with pipeline",
+    ),
+    "batch-sharded sampling": (
+        {"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2},
+        "with batch-sharded sampling",
+    ),
+    "sampling mask": (
+        {"return_sampling_mask": True, "logprobs_mode": "processed_logprobs"},
+        "return_sampling_mask",
+    ),
+    "bitsandbytes": ({"quantization": "bitsandbytes"}, "bitsandbytes"),
     # vLLM's own refusal on a CPU.
     "sleep mode": ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
 }

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -155,6 +156,26 @@ def test_refused_with_a_sentence_that_names_it(outcomes, case):
     assert "error" in outcomes[case], outcomes[case]
     for part in REFUSED[case]:
         assert part in outcomes[case]["error"]
+
+
+def test_sleep_of_level_2_is_told_to_keep_the_heads():
+    """reload_weights, which follows it, reads the target's checkpoint only."""
+    from vllm_medusa import front_end
+
+    engine_args = SimpleNamespace(
+        attention_backend=None,
+        attention_config=SimpleNamespace(backend=None),
+        worker_cls="auto",
+        scheduler_cls=None,
+        enable_sleep_mode=True,
+        sleep_preserve_parameter_names=["*.frozen"],
+    )
+    try:
+        for _ in range(2):
+            front_end.prepare_engine_args(engine_args)
+            assert engine_args.sleep_preserve_parameter_names == ["*.frozen", "draft.*"]
+    finally:
+        front_end.prepare_other_engine()
 
 
 def test_installed_but_unused_changes_nothing(tiny, run_job):

@@ -56,6 +56,7 @@ def servers(tiny_spelled, tmp_path_factory) -> Iterator[dict[str, Server]]:
     folder = tmp_path_factory.mktemp("servers")
     heads = {"method": "medusa", "model": tiny_spelled["heads"], "num_speculative_tokens": 20}
     medusa = [f"--speculative-config={json.dumps(heads)}"]
+    medusa += ["--per-request-spec-decode-metrics=summary"]
     started = {
         name: Server(folder, name, [tiny_spelled["model"], *ARGUMENTS, *more], ENV)
         for name, more in (("plain", []), ("medusa", medusa))
@@ -148,6 +149,64 @@ def test_tool_call_follows_its_grammar(servers, choice, streamed):
     called, arguments = calls["medusa"]
     assert called == "pick"
     jsonschema.validate(json.loads(arguments), SCHEMA)
+
+
+def accepted_drafts(answer: dict) -> int:
+    """Drafts accepted for this answer, by its own statistics."""
+    statistics = answer["metrics"]["speculative_decoding"]
+    histogram = statistics["acceptance_histogram"]
+    accepted = sum(tokens * steps for tokens, steps in enumerate(histogram))
+    assert accepted == statistics["num_accepted_draft_tokens"]
+    # Tokens of depth, not nodes: the tree has 20 nodes and three levels.
+    assert statistics["num_spec_tokens"] == 3
+    assert statistics["num_draft_tokens"] <= 3 * statistics["num_spec_steps"]
+    return accepted
+
+
+def with_and_without_trees(server: Server, path: str, body: dict) -> list[dict]:
+    """Two answers of one server, which draws the same for both."""
+    body = {"model": NAME, "seed": 7, **body}
+    answers = []
+    for options in ({}, {"vllm_xargs": {"medusa_nodes": 0}}):
+        status, answer = server.request("POST", path, body | options)
+        assert status == 200, answer
+        answers.append(answer)
+    return answers
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_statistics_of_a_response(servers, temperature):
+    body = {"prompt": "what is a tree?", "max_tokens": 64, "temperature": temperature}
+    body["ignore_eos"] = True
+    answer, plain = with_and_without_trees(servers["medusa"], COMPLETIONS, body)
+    assert answer["choices"][0]["text"] == plain["choices"][0]["text"]
+    steps = answer["metrics"]["speculative_decoding"]["num_spec_steps"]
+    # Each step returns its accepted drafts and one token more; the last may be cut short.
+    assert 63 <= 1 + accepted_drafts(answer) + steps <= 64 + 3
+    assert accepted_drafts(answer) > 0 == accepted_drafts(plain)
+
+
+# A call as the parser of Hermes models looks for it, with free characters inside.
+CALL = r'<tool_call>\{"name": "pick", "arguments": \{"kind": "[a-z]{4,9}"\}\}</tool_call>'
+
+
+def test_a_parser_finds_the_call_in_text(servers):
+    """It is handed several tokens at once."""
+    loose = {"type": "function", "function": {"name": "pick", "parameters": SCHEMA}}
+    body = {"messages": [{"role": "user", "content": "choose one"}], "tools": [loose]}
+    body |= {"tool_choice": "auto", "structured_outputs": {"regex": CALL}, "max_tokens": 200}
+    answer, plain = with_and_without_trees(servers["medusa"], CHAT, body | {"temperature": 0.6})
+    (call,), (expected,) = (a["choices"][0]["message"]["tool_calls"] for a in (answer, plain))
+    assert call["function"] == expected["function"]
+    assert call["function"]["name"] == "pick"
+    assert list(json.loads(call["function"]["arguments"])) == ["kind"]
+    assert accepted_drafts(answer) > 0 == accepted_drafts(plain)
+    chunks = servers["medusa"].stream(CHAT, body | {"temperature": 0.6, "seed": 7})
+    choices = [choice for chunk in chunks for choice in chunk.get("choices", [])]
+    parts = [p["function"] for c in choices for p in c["delta"].get("tool_calls") or ()]
+    streamed = {key: "".join(p.get(key) or "" for p in parts) for key in ("name", "arguments")}
+    assert json.loads(streamed["arguments"]) == json.loads(call["function"]["arguments"])
+    assert streamed["name"] == "pick"
 
 
 # What vLLM itself finds wrong when a request reaches its engine.

@@ -89,7 +89,7 @@ def plain_v2(tiny, run_job, seeded_batches) -> dict:
 )  # fmt: skip
 def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, extra, limits, num_batches):
     engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, **extra)}
-    result = run_job(engine, batches[:num_batches])
+    result = run_job(engine, batches[:num_batches], count_mixed_steps=True)
     assert token_ids(result) == token_ids(plain)[:num_batches]
     counters = result["counters"]
     accepted = counters["vllm:spec_decode_num_accepted_tokens"]
@@ -98,6 +98,7 @@ def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, extra, lim
     if limits is TIGHT:
         assert counters["vllm:num_preemptions"] > 0
         assert counters["vllm:prefix_cache_hits"] > 0
+        assert result["mixed_steps"] > 20
     assert result["runner"].endswith("MedusaCPUModelRunner")
     assert (result["distinct_trees"] > 1) == (extra.get("tree") == "dynamic")
 
@@ -116,7 +117,11 @@ def test_seeded_sampling_equals_stock_v2_runner(tiny, run_job, seeded_batches, p
     [
         (WIDE, CUT_BY_BATCH),
         (TIGHT, {"num_speculative_tokens": 63}),
-        (WIDE, {**WIDE_TREE, "num_speculative_tokens_per_batch_size": [[1, 1, 100], [2, 99, 40]]}),
+        pytest.param(
+            WIDE,
+            {**WIDE_TREE, "num_speculative_tokens_per_batch_size": [[1, 1, 100], [2, 99, 40]]},
+            marks=pytest.mark.slow,
+        ),
         (WIDE, {**CUT_BY_BATCH, "tree": "dynamic"}),
     ],
     ids=["cut by batch size", "whole trees, tight", "100 nodes",

@@ -6,13 +6,16 @@ gives vLLM a CPU platform that counts them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import cluster_plugin
@@ -23,7 +26,8 @@ from test_parallel import TWO, job
 pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "start_ray_cluster.sh"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "start_ray_cluster.sh"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 
 
@@ -86,6 +90,7 @@ def new_cluster(cluster_env, tmp_path_factory):
     yield make
     for cluster in made:
         cluster.stop()
+        shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
 def ray_job(tiny, **options) -> dict:
@@ -196,3 +201,52 @@ def test_two_nodes_with_addresses_of_their_own(
     for name in TWO:
         assert token_ids(results[name]) == token_ids(results["one"])
         assert results[name]["counters"] == results["one"]["counters"]
+
+
+def complete(url: str, prompt: str) -> str:
+    """Text of a greedy completion of the model that the application calls medusa."""
+    body = {"model": "medusa", "prompt": prompt, "max_tokens": 24, "temperature": 0}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read())["choices"][0]["text"]
+
+
+@pytest.mark.long
+def test_serve_application_answers_as_one_worker(
+    tiny, run_series, cluster_env, new_cluster, tmp_path
+):
+    pytest.importorskip("ray.serve.llm", reason="ray[serve] and what ray.serve.llm imports")
+    import tiny_tokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny["model"], model)
+    tokenizer = tiny_tokenizer.write_tokenizer(model)
+    cluster = new_cluster()
+    cluster.start(["head"], num_gpus=2)
+    env = cluster.env | {"RAY_ADDRESS": cluster.address}
+    options = [f"model={model}", f"heads={tiny['heads']}", "nodes=8", "dtype=float32"]
+    options += ["max_model_len=256", "enforce_eager=true", "tensor_parallel_size=2"]
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", "examples.ray_serve_app:build"]
+    log = (tmp_path / "serve.log").open("w")
+    server = subprocess.Popen([*command, *options], cwd=ROOT, env=env, stdout=log, stderr=log)
+    prompt, deadline = "hello", time.monotonic() + 600
+    try:
+        while True:
+            assert server.poll() is None, Path(log.name).read_text()[-4000:]
+            try:
+                found = complete("http://127.0.0.1:8000", prompt)
+                break
+            except OSError:
+                assert time.monotonic() < deadline, Path(log.name).read_text()[-4000:]
+                time.sleep(2)
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    params = {"max_tokens": 24, "temperature": 0.0}
+    batch = {"prompts": [tokenizer(prompt)["input_ids"]], "sampling": [params]}
+    expected = token_ids(run_series({"one": job(tiny) | {"batches": [batch]}}, cluster_env)["one"])
+    assert found == tokenizer.decode(expected[0][0], skip_special_tokens=True)

@@ -113,6 +113,38 @@ GROUPS = {
     "free": [{}],
 }
 
+# Five of each: once greedy, once seeded; vLLM takes n > 1 with a temperature only.
+END = {"ignore_eos": False}
+WARM = {"temperature": 0.7, "seed": 11}
+SEVERAL = [
+    {"n": 3, **WARM},
+    {"n": 2, **WARM, "max_tokens": 9},
+    {},
+    {"n": 4, **WARM, "presence_penalty": 0.5},
+    {"n": 2, **WARM, "top_k": 5, "stop": ["e"]},
+]
+STOPS = [
+    {"stop": ["a", "Q"]},
+    {"stop": ["e", "ab"], "include_stop_str_in_output": True},
+    {"stop_token_ids": list(range(5, 96, 9)), "min_tokens": 12},
+    {"min_tokens": 20, **END, "logit_bias": {"2": 8.0}},
+    {"logit_bias": {"2": 4.0}, **END},
+]
+BIASES = [
+    {"logit_bias": {"7": 3.0, "11": -100.0, "40": 1.5}},
+    {"allowed_token_ids": list(range(3, 40))},
+    {"allowed_token_ids": list(range(2, 96, 3)), "logit_bias": {"5": 2.0}, **END},
+    {"logit_bias": {"50": 2.5}, "min_p": 0.2},
+    {},
+]
+OPTIONS = {
+    "n > 1": SEVERAL,
+    "stop strings and tokens": STOPS,
+    "logit bias and allowed tokens": BIASES,
+    # Three heads: paths of one to four tokens.
+    "max_tokens at every cut": [{"max_tokens": cut} for cut in (1, 2, 3, 4, 6)],
+}
+
 
 def batch(group: list[dict], count: int = 10) -> dict:
     """Half of the requests greedy, half seeded, with the group's parameters in turn."""
@@ -169,7 +201,7 @@ def engine_jobs(model: dict[str, str]) -> dict[str, dict]:
         engine = plain | engine | metrics | {"speculative_config": medusa}
         jobs[f"{name}, medusa"] = job(engine, {**batches, **(more or {})}, **options)
 
-    history = {name: batch(group) for name, group in GROUPS.items()}
+    history = {name: batch(group) for name, group in {**GROUPS, **OPTIONS}.items()}
     pair("history", {"reasoning_config": REASONING}, history, MORE, tokenizer=True)
     processors = {"logits_processors": ["repeat_processor:NoRepeatProcessor"]}
     pair("processor", processors, {"alone": batch(NO_REPEAT), "beside others": batch(BESIDE)})
@@ -190,7 +222,8 @@ def engine_jobs(model: dict[str, str]) -> dict[str, dict]:
     jobs["typical, medusa"] = job(typical, {"free": batch([{}]), "exact": exact})
     # Last: what is broken stays broken until the process ends.
     broken = jobs["history, medusa"]["engine"]
-    jobs["broken, medusa"] = job(broken, history, tokenizer=True, **{"break": "chains"})
+    groups = {name: history[name] for name in GROUPS}
+    jobs["broken, medusa"] = job(broken, groups, tokenizer=True, **{"break": "chains"})
     return jobs
 
 
@@ -211,6 +244,14 @@ def tokens(result: dict, batch: str) -> list[list[int]]:
     return [request["token_ids"] for request in result["requests"][batch]]
 
 
+def endings(result: dict, batch: str) -> list[list]:
+    """All outputs of each request of a batch, and why each ended."""
+    return [
+        [(one["token_ids"], one["finish"], one["stop"]) for one in (request, *request["others"])]
+        for request in result["requests"][batch]
+    ]
+
+
 def count(result: dict) -> dict[str, int]:
     """Tokens of each batch's output."""
     return {name: sum(map(len, tokens(result, name))) for name in result["requests"]}
@@ -221,6 +262,17 @@ def test_history_is_the_path(results, group):
     plain, medusa = results["history"], results["history, medusa"]
     assert tokens(medusa, group) == tokens(plain, group)
     assert medusa["accepted"][group] > LEAST_ACCEPTED * count(plain)[group]
+
+
+@pytest.mark.parametrize("group", OPTIONS)
+def test_options_of_a_request(results, group):
+    expected, found = (endings(results[name], group) for name in ("history", "history, medusa"))
+    assert found == expected
+    assert results["history, medusa"]["accepted"][group] > 0
+    if group != "max_tokens at every cut":
+        assert [len(outputs) for outputs in found[:5]] == [p.get("n", 1) for p in OPTIONS[group]]
+    if group == "stop strings and tokens":
+        assert sum(outputs[0][1] == "stop" for outputs in found) > len(found) // 2
 
 
 @pytest.mark.parametrize("name", ["alone", "beside others"])

@@ -203,6 +203,27 @@ def test_large_vocabularies_and_graph_replay(device, vocab):
         assert torch.equal(out, want.flatten(1))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [32_000, 128_256])
+def test_top_tokens_of_large_vocabularies_under_graph_replay(device, vocab):
+    logits = torch.randn(64, 4, vocab, device=device, dtype=torch.bfloat16)
+    tokens = torch.empty(64, 4, 32, dtype=torch.int64, device=device)
+    log_probs = torch.empty(64, 4, 32, device=device)
+    work = DraftWorkspace.allocate(64 * 4, vocab, device)
+    top_tokens(tokens, log_probs, logits, workspace=work)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        top_tokens(tokens, log_probs, logits, workspace=work)
+    for _ in range(20):
+        logits.normal_()
+        graph.replay()
+        order = logits.float().sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(tokens, order.indices[..., :32])
+        want = order.values.log_softmax(-1)[..., :32]
+        torch.testing.assert_close(log_probs, want, rtol=1e-5, atol=1e-5)
+        assert (work.counters == 0).all()
+
+
 def arguments(device):
     return {
         "out": torch.zeros(2, 3, dtype=torch.int64, device=device),
@@ -245,6 +266,15 @@ def test_log_probabilities_by_hand(device):
     torch.testing.assert_close(log_probs, torch.tensor([[[-0.2395, -2.2395]]]), rtol=0, atol=1e-4)
 
 
+def test_weights_of_heads(device):
+    logits, weights = torch.randn(2, 3, 300), torch.tensor([1.0, 1.5, 0.25])
+    tokens, plain = run_top_tokens(top_tokens, logits, 4, device)
+    for launcher, place in ((top_tokens, device), (reference.top_tokens, "cpu")):
+        found = run_top_tokens(launcher, logits, 4, place, weights=weights.to(place))
+        assert torch.equal(found[0], tokens)
+        torch.testing.assert_close(found[1], plain * weights[:, None], rtol=1e-5, atol=1e-5)
+
+
 def test_a_certain_token_costs_nothing(device):
     logits = torch.zeros(1, 1, 700)
     logits[0, 0, 650] = 1000.0
@@ -264,6 +294,7 @@ def test_a_certain_token_costs_nothing(device):
         ("log_probs", lambda a: a["log_probs"][:1]),
         ("logits", lambda a: a["logits"].double()),
         ("token_map", lambda a: a["token_map"][:, :9]),
+        ("weights", lambda _: torch.ones(3)),
         ("workspace.sums", lambda a: a["workspace"]._replace(sums=torch.zeros(3))),
     ],
 )

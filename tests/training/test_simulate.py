@@ -104,7 +104,7 @@ def test_simulation_of_chosen_trees_equals_plain_decoding(seed, num_nodes):
             ]  # fmt: skip
             newest += max(map(len, right), default=0) + 1
             steps += 1
-    found = simulate_chosen(ranks.ranks, log_probs, ranks.offsets, (num_nodes, 20))
+    found = simulate_chosen(ranks.ranks, log_probs, ranks.offsets, (num_nodes, 20), (1, 1, 1))
     assert found[num_nodes].steps == steps
     assert found[20].steps <= steps
 
@@ -113,7 +113,9 @@ def test_places_of_paths_that_are_not_in_the_tree():
     log_probs = np.log(np.array([[[0.6, 0.3], [0.1, 0.8]]] * 3, np.float32))
     # Missed; right behind a miss; beyond the nodes.
     ranks = np.array([[MISSED, 0], [0, MISSED], [1, 0]])
-    assert chosen_places(ranks, log_probs, 4).tolist() == [[4, 4], [0, 4], [2, 4]]
+    assert chosen_places(ranks, log_probs, 4, (1, 1)).tolist() == [[4, 4], [0, 4], [2, 4]]
+    # (1) at 0.3 is now before (0, 1), at 0.6 times the fourth power of 0.8.
+    assert chosen_places(np.array([[1, 0]]), log_probs[:1], 4, (1, 4)).tolist() == [[1, 4]]
 
 
 def test_depths_by_hand():

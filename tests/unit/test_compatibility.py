@@ -43,40 +43,60 @@ def plain_config() -> SimpleNamespace:
     )
 
 
-# feature -> (dotted field, value) that switches it on
+def connector(name: str) -> SimpleNamespace:
+    """A KV transfer configuration."""
+    return SimpleNamespace(kv_connector=name)
+
+
+# feature -> dotted fields, and the values that switch it on
 SWITCHES = {
-    "the V1 model runner": ("use_v2_model_runner", False),
-    "recurrent layers (Mamba, gated delta nets)": ("model_config.is_hybrid", True),
-    "multi-head latent attention (MLA)": ("model_config.use_mla", True),
-    "encoder-decoder models": ("model_config.is_encoder_decoder", True),
-    "pooling models": ("model_config.runner_type", "pooling"),
-    "prefix-LM masks": ("model_config.is_mm_prefix_lm", True),
-    "chunked local attention (Llama 4)": ("model_config.hf_text_config.attention_chunk_size", 8),
-    "reference sliding windows": ("model_config.rswa_window", 8),
-    "KV connectors (offloading, disaggregated prefill)": ("kv_transfer_config", object()),
-    "decode or prefill context parallelism": ("parallel_config.decode_context_parallel_size", 2),
-    "dual batch overlap": ("parallel_config.use_ubatching", True),
-    "batch-sharded sampling": ("parallel_config.enable_batch_sharded_sampling", True),
-    "KV-sharing fast prefill": ("cache_config.kv_sharing_fast_prefill", True),
-    "a quantised KV cache other than fp8_e4m3 on a GPU": ("cache_config.cache_dtype", "fp8_e5m2"),
-    "pipeline parallelism without async scheduling": ("parallel_config.pipeline_parallel_size", 2),
-    "return_sampling_mask": ("model_config.return_sampling_mask", True),
+    "the V1 model runner": {"use_v2_model_runner": False},
+    "recurrent layers (Mamba, gated delta nets)": {"model_config.is_hybrid": True},
+    "multi-head latent attention (MLA)": {"model_config.use_mla": True},
+    "encoder-decoder models": {"model_config.is_encoder_decoder": True},
+    "pooling models": {"model_config.runner_type": "pooling"},
+    "prefix-LM masks": {"model_config.is_mm_prefix_lm": True},
+    "chunked local attention (Llama 4)": {"model_config.hf_text_config.attention_chunk_size": 8},
+    "reference sliding windows": {"model_config.rswa_window": 8},
+    "KV connectors other than OffloadingConnector": {"kv_transfer_config": connector("Nixl")},
+    "KV offloading with pipeline parallelism": {
+        "kv_transfer_config": connector("OffloadingConnector"),
+        "parallel_config.pipeline_parallel_size": 2,
+    },
+    "decode context parallelism": {"parallel_config.decode_context_parallel_size": 2},
+    "prefill context parallelism": {"parallel_config.prefill_context_parallel_size": 2},
+    "dual batch overlap": {"parallel_config.use_ubatching": True},
+    "batch-sharded sampling": {"parallel_config.enable_batch_sharded_sampling": True},
+    "KV-sharing fast prefill": {"cache_config.kv_sharing_fast_prefill": True},
+    "a quantised KV cache other than fp8_e4m3 on a GPU": {"cache_config.cache_dtype": "fp8_e5m2"},
+    "pipeline parallelism without async scheduling": {"parallel_config.pipeline_parallel_size": 2},
+    "return_sampling_mask": {"model_config.return_sampling_mask": True},
 }
 
 
 def test_nothing_is_refused_without_a_reason():
-    check_config(plain_config())
+    config = plain_config()
+    check_config(config)
+    config.kv_transfer_config = connector("OffloadingConnector")
+    check_config(config)
+
+
+def test_the_feature_is_named_before_the_runner_that_vllm_falls_back_to():
+    config = plain_config()
+    config.parallel_config.use_ubatching, config.use_v2_model_runner = True, False
+    with pytest.raises(ValueError, match="dual batch overlap"):
+        check_config(config)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)
 def test_refusal(refusal):
     config = plain_config()
-    path, value = SWITCHES[refusal.feature]
-    *owners, field = path.split(".")
-    owner = config
-    for name in owners:
-        owner = getattr(owner, name)
-    setattr(owner, field, value)
+    for path, value in SWITCHES[refusal.feature].items():
+        *owners, field = path.split(".")
+        owner = config
+        for name in owners:
+            owner = getattr(owner, name)
+        setattr(owner, field, value)
     with pytest.raises(ValueError, match=re.escape(refusal.feature)) as caught:
         check_config(config)
     assert str(caught.value).endswith(refusal.reason)

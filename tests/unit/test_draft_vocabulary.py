@@ -46,15 +46,16 @@ def test_subset_of_the_checkpoint_wins():
 
 @pytest.mark.parametrize(
     "change",
-    ["size None", "size of all", "own lm_heads", "sharded", "quantised", "bias", "no lm_head"],
+    ["size None", "size of all", "own lm_heads", "sharded", "int8", "fp8", "bias", "no lm_head"],
 )
 def test_nothing_is_cut(change):
     weights, target = heads_and_target(own_lm_head=change == "own lm_heads")
     size = {"size None": None, "size of all": VOCAB}.get(change, 10)
     if change == "sharded":
         target.lm_head.weight = target.lm_head.weight[: VOCAB // 2]
-    elif change == "quantised":
-        target.lm_head.weight = target.lm_head.weight.to(torch.int8)
+    elif change in ("int8", "fp8"):
+        dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[change]
+        target.lm_head.weight = target.lm_head.weight.to(dtype)
     elif change == "bias":
         target.lm_head.bias = torch.zeros(VOCAB)
     elif change == "no lm_head":
@@ -74,9 +75,9 @@ def test_default_by_device(device, vocab, size):
 @pytest.mark.parametrize(
     ("asked", "fields", "message"),
     [
-        (100, {}, "the target has 40 ids"),
-        (70, {"own_lm_head": True}, "brings an lm_head"),
-        (70, {"vocab_subset_size": 6}, "vocabulary subset"),
+        (200, {}, "the target has 40 ids"),
+        (130, {"own_lm_head": True}, "brings an lm_head"),
+        (130, {"vocab_subset_size": 6}, "vocabulary subset"),
     ],
 )
 def test_refused_sizes(asked, fields, message):

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from vllm_medusa.tree_candidates import (
-    MAX_RANKS,
     candidate_paths,
     candidate_tables,
-    ranks_for,
+    head_ranks,
 )
 from vllm_medusa.tree_paths import parents_first
 
@@ -73,12 +72,19 @@ def test_parents_stand_first_and_tables_follow_them():
 
 @pytest.mark.parametrize(
     ("num_nodes", "num_heads", "vocab_size", "ranks"),
-    [(63, 4, 32_000, MAX_RANKS), (63, 1, 32_000, 63), (5, 3, 32_000, 5), (63, 4, 4, 4)],
+    [
+        (63, 4, 32_000, [32, 10, 10, 10]),
+        (63, 1, 32_000, [63]),
+        (16, 2, 32_000, [16, 10]),
+        (5, 3, 32_000, [5, 5, 5]),
+        (63, 4, 4, [4, 4, 4, 4]),
+    ],
 )
 def test_ranks(num_nodes, num_heads, vocab_size, ranks):
-    assert ranks_for(num_nodes, num_heads, vocab_size) == ranks
+    assert head_ranks(num_nodes, num_heads, vocab_size) == ranks
+    assert len(candidate_paths(num_nodes, ranks)) >= num_nodes
 
 
 def test_too_small_a_vocabulary_is_refused():
     with pytest.raises(ValueError, match="1 heads over 7 tokens fill fewer than 8 nodes"):
-        ranks_for(8, 1, 7)
+        head_ranks(8, 1, 7)

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_medusa.tree_candidates import candidate_paths, candidate_tables
+from vllm_medusa.tree_candidates import (
+    candidate_paths,
+    candidate_tables,
+    head_ranks,
+    head_weights,
+)
 
 # Costs that exist at once while trees are chosen: 2**24 take 64 MB.
 _COSTS_AT_ONCE = 2**24
@@ -143,10 +148,20 @@ def chosen_places(
     # [rows, num_heads, num_ranks] float32, log probabilities of every head's best tokens
     log_probs: np.ndarray,
     num_nodes: int = 63,
+    weights: Sequence[float] | None = None,
 ) -> np.ndarray:
     """Place of every row's right path and its ancestors in the tree chosen there.
 
     The tree is that of ``tree: dynamic``: the likeliest paths, likeliest first.
+
+    Parameters
+    ----------
+    ranks, log_probs
+        As :func:`vllm_medusa.training.calibrate.rank_labels` returns them.
+    num_nodes
+        Nodes of the tree.
+    weights
+        Factor of each head's log probabilities; those that are served without it.
 
     Returns
     -------
@@ -159,17 +174,19 @@ def chosen_places(
     Nodes in order: (0), (0, 1), (1); the right path is (0, 1).
 
     >>> log_probs = np.log(np.array([[[0.6, 0.3], [0.1, 0.8]]], np.float32))
-    >>> chosen_places(np.array([[0, 1]]), log_probs, 3).tolist()
+    >>> chosen_places(np.array([[0, 1]]), log_probs, 3, (1, 1)).tolist()
     [[0, 1]]
     """
     num_rows, num_heads, num_ranks = log_probs.shape
-    paths = candidate_paths(num_nodes, [num_ranks] * num_heads)
+    factors = np.array(head_weights(num_heads) if weights is None else weights, np.float32)
+    paths = candidate_paths(num_nodes, head_ranks(num_nodes, num_heads, num_ranks))
     columns, _ = candidate_tables(paths, num_heads, num_ranks)
     right = _candidates_of(ranks, paths)
     places = np.full((num_rows, num_heads), num_nodes, np.int64)
-    for start in range(0, num_rows, max(1, _COSTS_AT_ONCE // len(paths))):
-        rows = slice(start, start + max(1, _COSTS_AT_ONCE // len(paths)))
-        flat = -log_probs[rows].reshape(-1, num_heads * num_ranks)
+    at_once = max(1, _COSTS_AT_ONCE // len(paths))
+    for start in range(0, num_rows, at_once):
+        rows = slice(start, start + at_once)
+        flat = (-log_probs[rows] * factors[:, None]).reshape(-1, num_heads * num_ranks)
         costs = np.zeros((len(flat), len(paths)), np.float32)
         for level in columns:
             costs += np.where(level >= 0, flat[:, level], np.float32(0))
@@ -198,9 +215,10 @@ def simulate_chosen(
     log_probs: np.ndarray,
     offsets: np.ndarray,
     budgets: Sequence[int] = (4, 8, 16, 32, 63),
+    weights: Sequence[float] | None = None,
 ) -> dict[int, StepCount]:
     """Step counts of trees chosen at every step, for each budget; arguments as above."""
-    places = chosen_places(ranks, log_probs, max(budgets))
+    places = chosen_places(ranks, log_probs, max(budgets), weights)
     return {
         # A path is never before its ancestors, so those within the budget are a path.
         budget: visited_rows((places < budget).sum(1), offsets)[1]

@@ -1,0 +1,168 @@
+"""Features that vLLM has on a GPU only: sleep, its own offloading copies, some weight formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import families
+import pytest
+import tiny as tiny_model
+import traffic
+import variants
+
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
+
+NODES = 40
+# Sizes that GPU kernels take: FlashAttention's heads, and tiles of four-bit weights.
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+ENGINE = {
+    "dtype": "bfloat16",
+    "max_model_len": 256,
+    "seed": 0,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 1024,
+    # What is computed again after a wake-up is to come from the model, not from a cache.
+    "enable_prefix_caching": False,
+    "kv_cache_memory_bytes": 2**27,
+    "gpu_memory_utilization": 0.3,
+}
+OFFLOADING = {
+    "enable_prefix_caching": True,
+    # Blocks of 16 tokens for a third of what eight requests hold at their end.
+    "num_gpu_blocks_override": 30,
+    "kv_transfer_config": {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 2**28, "offload_prompt_only": False},
+    },
+}
+# Log probabilities that bfloat16 logits of this model cannot tell apart.
+TIE = 0.25
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> dict[str, str]:
+    """A tiny model, one with a vocabulary that vLLM need not pad, and heads."""
+    root = tmp_path_factory.mktemp("model")
+    families.fit_family_heads(tiny_model.make_model(root / "model", **SIZES), root / "heads")
+    tiny_model.make_model(root / "wide", **SIZES, vocab_size=128)
+    families.random_heads(root / "random", size=SIZES["hidden_size"])
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+def batch(prompts: list[list[int]] | None = None, **options) -> dict:
+    """Eight greedy requests that tell the two likeliest tokens of every step."""
+    params = traffic.sampling("greedy", 8, max_tokens=48)
+    return {
+        "prompts": prompts or traffic.prompts(8, seed=2, high=64),
+        "sampling": [one | {"logprobs": 2} for one in params],
+        **options,
+    }
+
+
+def speculation(heads: str) -> dict:
+    config = {"method": "medusa", "model": heads, "num_speculative_tokens": NODES}
+    return {"speculative_config": config}
+
+
+def assert_alike(expected: list[dict], found: list[dict]) -> None:
+    """Where two outputs part, the first engine held both tokens for as good as equally likely."""
+    same = 0
+    for left, right in zip(expected, found, strict=True):
+        pairs = zip(left["token_ids"], right["token_ids"], strict=True)
+        parted = next((i for i, (x, y) in enumerate(pairs) if x != y), None)
+        if parted is None:
+            same += 1
+            continue
+        likely = {token: logprob for token, logprob, _ in left["logprobs"][parted]}
+        gap = likely[left["token_ids"][parted]] - likely.get(right["token_ids"][parted], -99.0)
+        assert gap <= TIE, (parted, gap)
+    assert same > 0
+
+
+@pytest.fixture(scope="module")
+def asleep(model, run_series) -> dict:
+    """One engine with CUDA graphs that sleeps between batches."""
+    sleeps = [
+        [],
+        [["sleep", 1], ["wake_up"]],
+        # vLLM's recipe for level 2: memory of the weights, the weights, then the cache.
+        [
+            ["sleep", 2],
+            ["wake_up", ["weights"]],
+            ["collective_rpc", "reload_weights"],
+            ["wake_up", ["kv_cache"]],
+        ],
+        [],
+    ]
+    engine = {"model": model["model"], **ENGINE, "enable_sleep_mode": True}
+    batches = [batch(calls=calls) for calls in sleeps]
+    jobs = {"asleep": {"engine": engine | speculation(model["heads"]), "batches": batches}}
+    result = run_series(jobs)["asleep"]
+    assert "error" not in result, result["error"]
+    return result
+
+
+def test_sleep_keeps_target_and_heads(asleep):
+    """Same tokens after each sleep, and as many drafts accepted: the heads are there again."""
+    first, *others = asleep["batches"]
+    for later in others:
+        assert_alike(first, later)
+    accepted = asleep["accepted"]
+    assert accepted[0] > 0
+    assert all(abs(count - accepted[0]) <= 0.1 * accepted[0] for count in accepted), accepted
+
+
+def test_offloading(model, run_series):
+    """Cache blocks that trees have written come back from the host's memory."""
+    engine = {"model": model["model"], **ENGINE}
+    first = run_series({"plain": {"engine": engine, "batches": [batch()]}})["plain"]
+    outputs = [request["token_ids"] for request in first["batches"][0]]
+    longer = [a + b for a, b in zip(batch()["prompts"], outputs, strict=True)]
+    batches = [batch(), batch(longer)]
+    medusa = engine | OFFLOADING | speculation(model["heads"])
+    jobs = {name: {"engine": e, "batches": batches} for name, e in (("p", engine), ("m", medusa))}
+    plain, found = run_series(jobs).values()
+    assert "error" not in found, found["error"]
+    for left, right in zip(plain["batches"], found["batches"], strict=True):
+        assert_alike(left, right)
+    assert found["counters"]["vllm:external_prefix_cache_hits"] > 0
+    assert found["accepted"][1] > 0
+
+
+QUANTISED = {
+    "fp8, online": (None, {"quantization": "fp8"}),
+    "fp8": (variants.write_fp8, {}),
+    "gptq": (variants.write_gptq, {"dtype": "float16"}),
+    "gptq lm_head": (variants.write_gptq, {"dtype": "float16"}),
+    "awq": (variants.write_awq, {"dtype": "float16"}),
+    "int4": (variants.write_int4, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def quantised(model, run_series, tmp_path_factory) -> dict[str, dict]:
+    """Format -> result, plain and with Medusa; heads that know nothing share the lm_head."""
+    root = tmp_path_factory.mktemp("quantised")
+    jobs = {}
+    for name, (write, extra) in QUANTISED.items():
+        path, heads, options = model["model"], model["heads"], {}
+        if name == "gptq lm_head":
+            path, heads, options = model["wide"], model["random"], {"lm_head": True}
+        if write is not None:
+            write(Path(path), root / name, **options)
+            path = str(root / name)
+        engine = {"model": path, **ENGINE, "enforce_eager": True, **extra}
+        jobs[name] = {"engine": engine, "batches": [batch()]}
+        jobs[f"{name}, medusa"] = {"engine": engine | speculation(heads), "batches": [batch()]}
+    return run_series(jobs)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_weights(quantised, name):
+    plain, medusa = quantised[name], quantised[f"{name}, medusa"]
+    assert "error" not in plain, plain["error"]
+    assert "error" not in medusa, medusa["error"]
+    assert_alike(plain["batches"][0], medusa["batches"][0])
+    if name != "gptq lm_head":
+        assert medusa["accepted"][0] > 0
