@@ -171,6 +171,11 @@ SUPPORTED: tuple[Supported, ...] = (
     Supported("tensor parallelism", WORKS, f"{_PARALLEL}[tensor]"),
     Supported("pipeline parallelism (independent heads)", WORKS, f"{_PARALLEL}[pipeline]"),
     Supported(
+        "data parallelism",
+        "works; with experts untested (vLLM itself cannot on a CPU)",
+        "tests/integration/test_parallel.py::test_two_replicas_return_what_one_returns",
+    ),
+    Supported(
         "workers on Ray",
         WORKS,
         "tests/integration/test_ray.py::test_ray_workers_return_what_one_worker_returns",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from vllm.distributed import get_pp_group, get_tp_group, get_world_group
 from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.utils.network_utils import get_ip
 
 from vllm_medusa.triton_kernels.checks import WORD_BITS
 
@@ -42,11 +43,7 @@ def all_agree(own: bool) -> bool:
 
 def node_name() -> str:
     """This machine as an operator knows it: host name and address."""
-    name = socket.gethostname()
-    try:
-        return f"{name} ({socket.gethostbyname(name)})"
-    except OSError:
-        return name
+    return f"{socket.gethostname()} ({get_ip()})"
 
 
 def on_every_rank(load: Callable[[], T]) -> T:
