@@ -94,9 +94,8 @@ def serving_section(path: Path) -> str:
     commit = record["provenance"]["git_sha"] or "unknown"
     return (
         f"**{record.get('label', record['model'])} on {device(record)}**, {count} MT-Bench "
-        f"questions, {record['turns']} turn(s), at most {record['max_tokens']} tokens{at}, "
-        f"medians of {record['rounds']} interleaved rounds (extremes in brackets); commit "
-        f"{commit[:10]}, "
+        f"questions, {record['turns']} turn(s), at most {record['max_tokens']} tokens{at}, medians "
+        f"of {record['rounds']} interleaved rounds (extremes in brackets); commit {commit[:10]}, "
         f"`{path.relative_to(ROOT)}`:\n\n"
         f"{table(header, rows)}\n\n{''.join(notes)}Tokens per step by category: {by_category}."
         f"{agreement(record)}"
