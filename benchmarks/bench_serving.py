@@ -234,6 +234,31 @@ def further_sides(given: list[str], heads: str) -> dict[str, dict]:
     return sides
 
 
+def document(
+    args: argparse.Namespace, common: dict, speculative: dict, results: list[dict]
+) -> dict[str, Any]:
+    """The record of the results so far."""
+    settings = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("VLLM_", "OMP_")) and "CACHE" not in name
+    }
+    return {
+        "benchmark": "serving",
+        "engine_args": {k: v for k, v in common.items() if k != "model"},
+        "speculative_config": {k: v for k, v in speculative.items() if k != "model"},
+        "model": Path(args.model).name,
+        "label": args.label or Path(args.model).name,
+        "heads": Path(args.heads).name,
+        "further_sides": args.side,
+        "turns": args.turns,
+        "max_tokens": args.max_tokens,
+        "rounds": args.rounds,
+        "environment": settings,
+        "results": results,
+    }
+
+
 def main() -> None:
     """Start both engines, measure, write the record."""
     args = parse_args()
@@ -275,36 +300,14 @@ def main() -> None:
             # One after the other: each profiles free memory and times its steps while it starts.
             sides[name].wait_ready()
         print("all engines ready", flush=True)
-        results = [
-            measure(sides, pool, args, level, temperature)
-            for temperature in args.temperature
-            for level in args.concurrency
-        ]
+        results = []
+        for temperature, level in itertools.product(args.temperature, args.concurrency):
+            results.append(measure(sides, pool, args, level, temperature))
+            # Every level anew, so that a run that is cut short leaves what it has measured.
+            write_record(args.out, document(args, common, speculative, results))
     finally:
         for side in sides.values():
             side.close()
-    settings = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(("VLLM_", "OMP_")) and "CACHE" not in name
-    }
-    write_record(
-        args.out,
-        {
-            "benchmark": "serving",
-            "engine_args": {k: v for k, v in common.items() if k != "model"},
-            "speculative_config": {k: v for k, v in speculative.items() if k != "model"},
-            "model": Path(args.model).name,
-            "label": args.label or Path(args.model).name,
-            "heads": Path(args.heads).name,
-            "further_sides": args.side,
-            "turns": args.turns,
-            "max_tokens": args.max_tokens,
-            "rounds": args.rounds,
-            "environment": settings,
-            "results": results,
-        },
-    )
     for result in results:
         print(
             f"T={result['temperature']:g}, concurrency {result['concurrency']}: plain "

@@ -11,6 +11,10 @@ from .checks import require
 # H100; with 9/3 heads of 64 and 64 rows 12.5, 12.9, 11.9 and 11.7.
 MIN_KEYS_PER_SPLIT = 128
 MAX_SPLITS = 32
+# Where programs are few, smaller row tiles join faster, but pass over the keys more often. One
+# request of 64 rows, 32/8 heads, tiles of 32 against 64 rows: 14.4 against 15.8 us at 256 keys,
+# 17.7 against 18.2 at 512, 30.0 against 29.4 at 2048, 71 against 55 at 8192.
+MOST_KEYS_OF_SMALL_TILES = 4096
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -92,9 +96,8 @@ def plan_attention(
         most_rows, block_keys, num_warps = 64, 32, 8
     else:
         most_rows, block_keys, num_warps, num_stages = 64, 64, 4, 3
-        if num_reqs * num_kv_heads * ceil_div(pairs, 32) <= num_multiprocessors:
-            # Few programs: smaller tiles join faster (one request of 64 rows, 32/8 heads: 14.4
-            # against 15.8 us at 256 keys, 17.7 against 18.2 at 512, 30.0 against 29.4 at 2048).
+        few = num_reqs * num_kv_heads * ceil_div(pairs, 32) <= num_multiprocessors
+        if few and max_seq_len <= MOST_KEYS_OF_SMALL_TILES:
             most_rows = 32
         programs = num_reqs * num_kv_heads * ceil_div(pairs, 256)
         if pairs > 128 and programs >= num_multiprocessors:
