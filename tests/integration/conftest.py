@@ -110,9 +110,13 @@ def _run_script(
         text=True,
         timeout=timeout,
     )
-    if process.returncode != 0 or not target.exists():
+    results = json.loads(target.read_text()) if target.exists() else {}
+    # An engine that failed may end its process as it likes: vLLM's Ray executor looks for the
+    # actors that it has killed once more, and exits with an error of its own.
+    failed = any(isinstance(r, dict) and "error" in r for r in results.values())
+    if not results or (process.returncode != 0 and not failed):
         pytest.fail(f"{script} failed:\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
-    return json.loads(target.read_text())
+    return results
 
 
 def _paths() -> str:
