@@ -60,7 +60,8 @@ class TreeSchedulerMixin:
             costs = StepCosts.load(path)
             path.unlink()
         except FileNotFoundError:
-            logger.info("Medusa: the workers run on another host; nodes follow the fixed schedule")
+            # Workers on another host, or pipeline stages, which are not timed.
+            logger.info("Medusa: no times of steps found here; nodes follow the fixed schedule")
             return None
         choices = {1, *config.row_counts(self.max_num_running_reqs)}
         budget = NodeBudget(config.node_frequencies, [rows - 1 for rows in choices], costs)

@@ -24,8 +24,10 @@ class MedusaWorker(Worker):
         """Warm up and capture as usual; then time the steps, where their nodes follow the time."""
         times = super().compile_or_warm_up_model()
         config = self.vllm_config.speculative_config
-        # With pipeline stages a stage's own time is not the step's.
-        if config.node_frequencies and self.parallel_config.pipeline_parallel_size == 1:
+        # vLLM drops the schedule under data parallelism; a pipeline stage's time is not the step's.
+        is_scheduled = config.num_speculative_tokens_per_batch_size is not None
+        stages = self.parallel_config.pipeline_parallel_size
+        if config.node_frequencies and is_scheduled and stages == 1:
             costs = measure_steps(self.model_runner)
             if self.rank == 0:
                 costs.save(config.costs_file(self.vllm_config.instance_id))
