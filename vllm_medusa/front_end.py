@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vllm_medusa.config import (
     parse_speculative_model,
     with_plain_steps,
 )
+from vllm_medusa.ray_nodes import check_address
 from vllm_medusa.speculative_config import MedusaSpeculativeConfig, create_medusa_config
 
 logger = init_logger(f"vllm.{__name__}")
@@ -171,6 +173,8 @@ def finish_config(vllm_config: Any) -> None:
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SYNC_SCHEDULER
     check_config(vllm_config)
+    if vllm_config.parallel_config.distributed_executor_backend == "ray":
+        check_address(os.environ.get("RAY_ADDRESS"))
     if current_platform.is_cpu():
         _warn_of_slow_products(vllm_config.model_config.dtype)
 

@@ -6,10 +6,37 @@ traceback that names neither the node nor what to do.
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
+CONNECT_TIMEOUT_S = 10
 # A node that does not answer: its raylet is alive for Ray, but starts no processes.
 ANSWER_TIMEOUT_S = 120
+
+
+def check_address(address: str | None) -> None:
+    """Refuse a cluster that nobody answers for; Ray itself tries for minutes.
+
+    Parameters
+    ----------
+    address : str or None
+        Of ``RAY_ADDRESS``: ``host:port``, ``ray://host:port``, or a word such as ``auto``.
+
+    Raises
+    ------
+    ValueError
+        Nothing listens there, or the host is unknown or out of reach.
+    """
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"medusa: the Ray cluster at RAY_ADDRESS={address} cannot be reached ({error}); start "
+            "it, or correct the address"
+        ) from None
 
 
 def complaint(report: dict[str, Any], medusa_version: str, vllm_version: str) -> str | None:

@@ -163,6 +163,12 @@ def test_what_goes_wrong_on_a_worker_ends_the_engine(
     assert re.search(expected, results["two"]["error"]), results["two"]["error"]
 
 
+def test_a_cluster_that_cannot_be_reached_is_an_error(tiny, run_series, cluster_env):
+    env = cluster_env | QUIET | {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
+    results = run_series({"two": ray_job(tiny, **TWO["tensor"])}, env)
+    assert "cannot be reached" in results["two"]["error"], results["two"]["error"]
+
+
 @pytest.fixture
 def two_hosts():
     """Names and addresses of two network namespaces, joined by a cable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -54,3 +55,22 @@ def test_only_our_workers_nodes_are_asked(monkeypatch, ours):
     else:
         module.initialize_ray_cluster(config)
     assert order == ["placed"]
+
+
+@pytest.mark.parametrize("address", [None, "", "auto", "local"])
+def test_an_address_that_names_no_host_is_left_to_ray(address):
+    ray_nodes.check_address(address)
+
+
+def test_a_cluster_that_answers_is_accepted():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ray_nodes.check_address(f"127.0.0.1:{port}")
+        ray_nodes.check_address(f"ray://127.0.0.1:{port}")
+
+
+def test_a_cluster_that_cannot_be_reached_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(ValueError, match=rf"RAY_ADDRESS=127\.0\.0\.1:{port} cannot be reached"):
+        ray_nodes.check_address(f"127.0.0.1:{port}")
