@@ -49,11 +49,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def fast_dtype(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """float32 on a CPU without bfloat16 products: there each row costs as much as a step."""
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    has_products = device == "cuda" or "avx512bw" in flags or "bf16" in flags
-    return "bfloat16" if has_products else "float32"
+def fast_dtype(device: str) -> str:
+    """float32 on a CPU: Medusa's row product reads the weights as bfloat16 there anyway.
+
+    On two AVX-512 cores it answers at 65 tok/s in float32 and 50 in bfloat16; plain vLLM at 29
+    and 33. Without AVX-512 a bfloat16 row costs as much as a step.
+    """
+    return "bfloat16" if device == "cuda" else "float32"
 
 
 def run(options: argparse.Namespace) -> None:
