@@ -8,6 +8,7 @@ import torch
 
 from .attention_kernels import tree_attention_kernel, tree_part_kernel
 from .attention_plan import (
+    MOST_COUNTERS,
     AttentionPlan,
     ceil_div,
     plan_attention,
@@ -58,11 +59,17 @@ def _cache_layout(k_cache: torch.Tensor, v_cache: torch.Tensor) -> dict[str, int
 
 
 def join_counters(device: torch.device, count: int) -> torch.Tensor:
-    """[>= count] int32 zeros of the current stream; a call leaves them as it finds them."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    """[>= count] int32 zeros of the current stream; a call leaves them as it finds them.
+
+    A CUDA graph that is being captured gets its own: it would go on using a shared buffer that
+    was replaced, and one made in it is zero only after its own first replay.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
     found = _counters.get((device, stream))
     if found is None or len(found) < count:
-        found = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        found = torch.zeros(max(count, MOST_COUNTERS), dtype=torch.int32, device=device)
         _counters[device, stream] = found
     return found
 
@@ -89,6 +96,7 @@ def tree_attention(
     q_scale: torch.Tensor | None = None,
     num_splits: int | None = None,
     workspace: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
     plan: AttentionPlan | None = None,
 ) -> AttentionPlan | None:
     """Attention of tree rows: each sees the whole context and its own ancestors.
@@ -131,6 +139,9 @@ def tree_attention(
         KV ranges computed in parallel; default from the host integers and the device.
     workspace : torch.Tensor, optional
         float32, dense, at least ``workspace_elements(...)``; allocated when missing.
+    counters : torch.Tensor, optional
+        ``[MOST_COUNTERS]`` int32 zeros, zero again afterwards; calls that share them must not
+        overlap. Without them a captured call clears some of its own, one launch more.
     plan : AttentionPlan, optional
         What a call returned whose arguments had the same shapes and types: nothing is checked
         again. The layers of a step differ in their tensors alone, and a check takes the host
@@ -175,7 +186,7 @@ def tree_attention(
     launch(
         plan, out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, scale,
         num_reqs, max_query_len, sliding_window, logit_soft_cap, sinks, k_scale, v_scale, q_scale,
-        workspace,
+        workspace, counters,
     )  # fmt: skip
     return plan
 
@@ -222,8 +233,9 @@ def launch(
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads = k_cache.shape[2]
     is_split = plan.num_splits > 1
-    if is_split and counters is None:
-        counters = join_counters(q.device, plan.row_tiles * num_reqs * num_kv_heads)
+    needed = plan.row_tiles * num_reqs * num_kv_heads
+    if is_split and (counters is None or len(counters) < needed):
+        counters = join_counters(q.device, needed)
     tree_masks, second_word = _mask_words(tree_masks, max_query_len)
     scales = _num_scales(k_scale, v_scale, q_scale)
     tree_attention_kernel[(plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits)](

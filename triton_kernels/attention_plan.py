@@ -11,6 +11,8 @@ from .checks import require
 # H100; with 9/3 heads of 64 and 64 rows 12.5, 12.9, 11.9 and 11.7.
 MIN_KEYS_PER_SPLIT = 128
 MAX_SPLITS = 32
+# More than any plan with splits needs: those are for batches of fewer tiles than fit at once.
+MOST_COUNTERS = 4096
 # Where programs are few, smaller row tiles join faster, but pass over the keys more often. One
 # request of 64 rows, 32/8 heads, tiles of 32 against 64 rows: 14.4 against 15.8 us at 256 keys,
 # 17.7 against 18.2 at 512, 30.0 against 29.4 at 2048, 71 against 55 at 8192.

@@ -43,6 +43,7 @@ class TreeAttentionMetadata:
         Bounds over the tree requests.
     rest : FlashAttentionMetadata or None
         The remaining requests.
+    counters : torch.Tensor or None, [MOST_COUNTERS] int32
     plan : AttentionPlan or None
         Of the first layer that has run; the others take it as it is.
     """
@@ -58,6 +59,7 @@ class TreeAttentionMetadata:
     max_seq_len: int
     num_actual_tokens: int
     rest: FlashAttentionMetadata | None
+    counters: torch.Tensor | None = None
     plan: AttentionPlan | None = None
 
 
@@ -123,6 +125,7 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             max_seq_len=common.max_seq_len,
             num_actual_tokens=common.num_actual_tokens,
             rest=rest,
+            counters=self.tree_batch.attention_counters,
         )
 
 
@@ -211,6 +214,7 @@ class TreeAttentionImpl(FlashAttentionImpl):
             sliding_window=self.sliding_window[0] + 1,
             logit_soft_cap=float(self.logits_soft_cap),
             sinks=self.sinks,
+            counters=meta.counters,
             plan=meta.plan,
         )
         return output

@@ -9,6 +9,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_medusa.tree import TokenTree
+from vllm_medusa.triton_kernels.attention_plan import MOST_COUNTERS
 
 
 class TreeBatch:
@@ -29,6 +30,8 @@ class TreeBatch:
         Rows that uniform decode batches have: W, and what the schedule cuts it to.
     step_masks : torch.Tensor, like ``masks``
         ``masks`` in batch order; what attention reads, also inside CUDA graphs.
+    attention_counters : torch.Tensor, [MOST_COUNTERS] int32
+        Zeros between launches of the tree kernel, at one address for all CUDA graphs.
     num_tree_reqs : int
         Leading requests of the batch whose query is a tree.
     num_rows_np : numpy.ndarray, [num_tree_reqs] int32
@@ -60,6 +63,7 @@ class TreeBatch:
         self.masks = table(tree.mask_words(), torch.int64)
         self.fixed_slots = torch.ones(max_num_reqs, dtype=torch.int32, device=device)
         self.step_masks = self.masks.clone()
+        self.attention_counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
         self.num_tree_reqs = 0
         self.num_rows_np = np.empty(0, dtype=np.int32)
         self.last_rows: torch.Tensor | None = None
