@@ -186,7 +186,7 @@ SUPPORTED: tuple[Supported, ...] = (
     Supported("GPTQ lm_head that the heads share", WORKS, f"{_FEATURES}[gptq lm_head]"),
     Supported(
         "FP8 weights, from a checkpoint or online (GPU)",
-        "should work; the test that compares answers needs a GPU and has not been run on one",
+        WORKS,
         f"{_GPU}::test_quantised_weights[fp8, online]",
     ),
     Supported(

@@ -11,6 +11,7 @@ step.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -104,7 +105,6 @@ def attend(
     ValueError
         When the cache is no run of slots.
     """
-    from xformers.ops.fmha import triton_splitk
     from xformers.ops.tree_attention import tree_attention
 
     num_reqs, rows = mask.block_tables.shape[0], bias.shape[0]
@@ -125,9 +125,28 @@ def attend(
         spread(one_run(value_cache), 1, -1),
         bias,
         mask,
-        prefix_op=triton_splitk.FwOp,
+        prefix_op=split_k_op(),
+        suffix_op=split_k_op(),
     )
     output[:num_tokens].view(shape).copy_(result)
+
+
+@lru_cache(maxsize=1)
+def split_k_op() -> type:
+    """xformers' Triton kernel, wherever Triton runs.
+
+    xformers 0.0.35, its last release, is compiled for PyTorch 2.10 and refuses every operator
+    beside the 2.11 that vLLM 0.32 needs, this one too, which calls nothing that is compiled.
+    """
+    from xformers.ops.fmha import triton_splitk
+
+    class SplitK(triton_splitk.FwOp):
+        @classmethod
+        def not_supported_reasons(cls, d: Any) -> list[str]:
+            reasons = super().not_supported_reasons(d)
+            return [reason for reason in reasons if "build with CUDA support" not in reason]
+
+    return SplitK
 
 
 def one_run(cache: torch.Tensor) -> torch.Tensor:

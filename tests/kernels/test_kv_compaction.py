@@ -365,7 +365,8 @@ def test_raw_launcher_equals_raw_twin(device, dtype):
         ("block_table", torch.zeros(1, 4, dtype=torch.int64)),
         ("path_masks", torch.zeros(0, dtype=torch.int64)),
         ("path_masks", torch.zeros(1, 3, dtype=torch.int64)),
-        ("path_masks", torch.zeros(2, 4, dtype=torch.int64)[:, :2]),
+        # Made on the device: a copy there would be dense.
+        ("path_masks", lambda device: torch.zeros(2, 4, dtype=torch.int64, device=device)[:, :2]),
         ("num_reqs", -1),
         ("row_elems", 0),
         ("dtype", torch.complex128),
@@ -375,7 +376,10 @@ def test_raw_launcher_equals_raw_twin(device, dtype):
 @pytest.mark.parametrize("compact", [compact_kv, reference.compact_kv], ids=["kernel", "twin"])
 def test_bad_arguments_are_named(device, compact, name, bad):
     cache = make_cache("block-head-slot", 4, 2, 16, 6, torch.int16, seed=9).to(device)
-    bad = bad.to(device) if isinstance(bad, torch.Tensor) else bad
+    if callable(bad):
+        bad = bad(device)
+    elif isinstance(bad, torch.Tensor):
+        bad = bad.to(device)
     with pytest.raises(ValueError, match=f"^{name}: found .*, expected "):
         compact(**compact_arguments(cache, device) | {name: bad})
 

@@ -20,7 +20,7 @@ from vllm_medusa.config import MedusaOptions
 from vllm_medusa.start_choices import check_attention
 from vllm_medusa.tree import TokenTree
 from vllm_medusa.triton_kernels import reference
-from vllm_medusa.xformers_attention import attend, context_mask, one_run, tree_bias
+from vllm_medusa.xformers_attention import attend, context_mask, one_run, split_k_op, tree_bias
 
 KV_HEADS, GROUP, SIZE, PAGE = 2, 3, 64, 64
 # Small values in bfloat16: outputs up to about 3 with 8 bits, and merged from two parts.
@@ -48,9 +48,20 @@ class _PagedMask:
     page_size: int
 
 
-def stand_in_attention(q, spec_k, spec_v, cache_k, cache_v, spec_attn_bias, mask, *, prefix_op):
+class _FwOp:
+    """xformers' split-K kernel beside a PyTorch that it was not compiled for."""
+
+    @classmethod
+    def not_supported_reasons(cls, d) -> list[str]:
+        return ["xFormers wasn't build with CUDA support", f"{d} is too old"]
+
+
+def stand_in_attention(
+    q, spec_k, spec_v, cache_k, cache_v, spec_attn_bias, mask, *, prefix_op, suffix_op
+):
     """Attention of ``[B, rows, G, H, D]`` over the pages that the mask names, then the tree."""
     num_reqs, rows = q.shape[:2]
+    assert issubclass(prefix_op, _FwOp) and issubclass(suffix_op, _FwOp)
     assert mask.q_seqinfo.seqstart_py == [r * rows for r in range(num_reqs + 1)]
     assert mask.block_tables.shape[1] * mask.page_size == mask.k_seqinfo.padding
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -69,13 +80,15 @@ def stand_in_attention(q, spec_k, spec_v, cache_k, cache_v, spec_attn_bias, mask
 @pytest.fixture(params=["stand-in", pytest.param("xformers", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> torch.device:
     """Where xformers, or what stands for it, computes."""
+    split_k_op.cache_clear()
+    request.addfinalizer(split_k_op.cache_clear)
     if request.param == "xformers":
         pytest.importorskip("xformers", reason="xformers is not installed")
         return torch.device("cuda")
     parts = {
         "xformers": {},
         "xformers.ops": {},
-        "xformers.ops.fmha": {"triton_splitk": SimpleNamespace(FwOp="split keys")},
+        "xformers.ops.fmha": {"triton_splitk": SimpleNamespace(FwOp=_FwOp)},
         "xformers.ops.fmha.attn_bias": {
             "PagedBlockDiagonalPaddedKeysMask": _PagedMask,
             "_PaddedSeqLenInfo": _Lengths,
@@ -154,6 +167,15 @@ def test_caches_with_gaps_or_heads_first_are_refused():
         3, 2 * PAGE, KV_HEADS, SIZE)[:, :PAGE]):  # fmt: skip
         with pytest.raises(ValueError, match='attention="xformers" over a KV cache of strides'):
             one_run(other)
+
+
+def test_the_kernel_needs_no_compiled_xformers(device):
+    if device.type == "cpu":
+        assert split_k_op().not_supported_reasons("it") == ["it is too old"]
+    else:
+        from xformers.ops.fmha import triton_splitk
+
+        assert issubclass(split_k_op(), triton_splitk.FwOp)
 
 
 @pytest.mark.parametrize(
