@@ -100,9 +100,11 @@ def ray_cluster(executor: str, num_gpus: int) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     port = 6390
-    ray = Path(sys.executable).with_name("ray")
-    command = [str(ray), "start", "--head", f"--port={port}", f"--num-gpus={num_gpus}"]
-    command += ["--include-dashboard=false", "--disable-usage-stats", "--block"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}"]
+    command += [f"--num-gpus={num_gpus}", "--node-ip-address=127.0.0.1"]
+    # Nothing but control messages passes the object store.
+    command += [f"--object-store-memory={2**30}", "--include-dashboard=false"]
+    command += ["--disable-usage-stats", "--block"]
     head = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
     try:
