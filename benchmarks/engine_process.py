@@ -12,6 +12,8 @@ import time
 import traceback
 from typing import Any
 
+import psutil
+
 # Replaced on the command line by --start-timeout.
 START_TIMEOUT_S = 900
 
@@ -164,9 +166,20 @@ class EngineProcess:
         return self._receive(None)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and whatever it started and left behind.
+
+        vLLM's engine core outlives its parent under Ray on GPUs, and with it the GPUs that its
+        workers hold: the next engine waited for them for good.
+        """
+        started: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self._process.pid).children(recursive=True)
         with contextlib.suppress(OSError):
             self._pipe.send(None)
         self._process.join(30)
         if self._process.is_alive():
             self._process.kill()
+        _, left = psutil.wait_procs(started, timeout=5)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
