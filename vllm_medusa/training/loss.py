@@ -42,12 +42,18 @@ def _compiled_cross_entropy() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_cross_entropy_chunk, dynamic=False)
 
 
+def _chunk_function(logits: Tensor, chunk_rows: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Compiled for whole chunks on a GPU only: batches of conversations end with chunks of ever
+    other sizes, and each would be compiled anew until the compiler gives up on all of them."""
+    whole = logits.is_cuda and logits.shape[0] == chunk_rows
+    return _compiled_cross_entropy() if whole else _cross_entropy_chunk
+
+
 class _ChunkedHeadLoss(torch.autograd.Function):
     """Forward computes loss and gradients; backward only scales the gradients."""
 
     @staticmethod
     def forward(ctx, hidden, output_weight, labels, head_weights, chunk_rows):
-        cross_entropy = _compiled_cross_entropy() if hidden.is_cuda else _cross_entropy_chunk
         num_heads, num_rows, _ = hidden.shape
         counts = (labels != IGNORE).sum(dim=0).clamp(min=1)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -64,7 +70,10 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             for start in range(0, num_rows, chunk_rows):
                 rows = slice(start, start + chunk_rows)
                 logits = functional.linear(hidden[k, rows], weight)
-                total, grad_logits = cross_entropy(logits, labels[rows, k], scale)
+                # A copy of its own: the compiled function knows one stride and alignment.
+                own_labels = labels[rows, k].clone(memory_format=torch.contiguous_format)
+                cross_entropy = _chunk_function(logits, chunk_rows)
+                total, grad_logits = cross_entropy(logits, own_labels, scale)
                 means[k] += total
                 torch.mm(grad_logits, weight, out=grad[k, rows])
                 if grad_weight is not None:

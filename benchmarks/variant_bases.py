@@ -1,0 +1,130 @@
+"""A base model with what its heads are trained and tested on."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vllm_medusa.training.base_model import embedding_weight, lm_head_weight
+from vllm_medusa.training.conversations import ConversationSet
+from vllm_medusa.training.hidden_states import HiddenStateSet, extract_hidden_states
+from vllm_medusa.training.loss import IGNORE
+from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
+from vllm_medusa.training.served_answers import serve_prompts
+
+# Columns of labels: heads that any variant may have. One table for all, so that the compiled
+# loss sees one layout.
+MOST_HEADS = 5
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class TestAnswers:
+    """Greedy answers to test questions, and the question of each."""
+
+    answers: ConversationSet
+    # [answers] int64
+    questions: np.ndarray
+
+
+@dataclass
+class Base:
+    """A model, its hidden states on training and held-out answers, and its test answers."""
+
+    name: str
+    model: Any
+    train: ConversationSet
+    held_out: ConversationSet
+    test: Future[TestAnswers]
+    batch_tokens: int
+    seconds: float = 0.0
+    _sets: dict[str, HiddenStateSet] = field(default_factory=dict)
+
+    @property
+    def lm_head(self) -> Tensor:
+        return lm_head_weight(self.model)
+
+    @property
+    def embeddings(self) -> Tensor:
+        return embedding_weight(self.model)
+
+    def hidden(self, which: str) -> HiddenStateSet:
+        """Hidden states of ``train``, ``held_out`` or ``test``, computed at the first call."""
+        if which not in self._sets:
+            answers = self.test.result().answers if which == "test" else getattr(self, which)
+            started = time.monotonic()
+            self._sets[which] = extract_hidden_states(
+                self.model, answers, MOST_HEADS, self.batch_tokens
+            )
+            self.seconds += time.monotonic() - started
+        return self._sets[which]
+
+    def drop_training_data(self) -> None:
+        """Give the training rows' memory back."""
+        self._sets.pop("train", None)
+
+    @torch.inference_mode()
+    def nats_per_token(self) -> float:
+        """Mean negative log likelihood of the held-out answers' tokens."""
+        data, total, count = self.hidden("held_out"), 0.0, 0
+        for start in range(0, data.num_rows, _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            labels = data.labels[rows, 0].long()
+            logits = functional.linear(data.hidden[rows], self.lm_head).float()
+            total += float(
+                functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+            )
+            count += int((labels != IGNORE).sum())
+        return total / max(count, 1)
+
+
+def cut_share(data: HiddenStateSet, share: float) -> HiddenStateSet:
+    """The first conversations' rows, which is a random share: the split shuffled them."""
+    if share >= 1:
+        return data
+    last = max(1, round((len(data.offsets) - 1) * share))
+    rows = int(data.offsets[last])
+    return HiddenStateSet(data.hidden[:rows], data.labels[:rows], data.offsets[: last + 1])
+
+
+def test_answers(
+    path: Path, model: str, questions: Path, limit: int, max_tokens: int, engine: dict[str, Any]
+) -> Callable[[], TestAnswers]:
+    """-> a function that reads ``path``, or lets vLLM answer both turns and writes it."""
+
+    def answer() -> TestAnswers:
+        owners = path.with_suffix(".npy")
+        if not path.exists():
+            prompts = choose_prompts(read_prompts(questions).prompts, limit)
+            sampling = {"temperature": 0.0, "max_tokens": max_tokens}
+            run = serve_prompts({"model": model, **engine}, prompts, sampling)
+            pairs = ((a.prompt_ids, a.token_ids) for a in run.answers)
+            np.save(owners, np.array([a.prompt_index for a in run.answers], np.int64))
+            ConversationSet.from_pairs(pairs).save(path)
+        return TestAnswers(ConversationSet.load(path), np.load(owners))
+
+    return answer
+
+
+def rows_of(data: HiddenStateSet, first: int, last: int) -> HiddenStateSet:
+    """Conversations ``first`` to ``last - 1``."""
+    offsets = data.offsets[first : last + 1]
+    rows = slice(int(offsets[0]), int(offsets[-1]))
+    return HiddenStateSet(data.hidden[rows], data.labels[rows], offsets - offsets[0])
+
+
+def halves(data: HiddenStateSet) -> tuple[HiddenStateSet, HiddenStateSet]:
+    """Conversations to calibrate trees on, and others to test them on."""
+    count = len(data.offsets) - 1
+    first, second = itertools.pairwise((0, max(1, count // 2), count))
+    return rows_of(data, *first), rows_of(data, *second)
