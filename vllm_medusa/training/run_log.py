@@ -61,12 +61,16 @@ class RunLog:
         return rows
 
     def plot(self) -> Path | None:
-        """Draw every curve whose name holds "loss" over the steps."""
+        """Draw every curve whose name holds "loss" over the steps, where matplotlib is there."""
         rows = self.rows()
         if self.path is None or not rows:
             return None
-        import matplotlib
-
+        try:
+            import matplotlib
+        except ImportError:
+            # The training is done: its result must not be lost for a picture of it.
+            print(f"no {PLOT_FILE}: matplotlib is not installed; {self.path} holds the numbers")
+            return None
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
