@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -90,10 +91,24 @@ def test_log_is_cut_where_a_run_resumes(tmp_path):
         file.write('{"step": 4, "lo')
     log.cut(2)
     assert [row["step"] for row in log.rows()] == [1, 2]
-    assert log.plot().read_bytes().startswith(b"\x89PNG")
     log.restart()
     assert log.rows() == [] and log.plot() is None
     RunLog(None).write(1, loss=0.0)
+
+
+def test_log_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    log = RunLog(tmp_path)
+    log.write(1, loss=1.0)
+    assert log.plot().read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_run_ends_without_a_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    log = RunLog(tmp_path)
+    log.write(1, loss=1.0)
+    assert log.plot() is None
+    assert "matplotlib is not installed" in capsys.readouterr().out
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
