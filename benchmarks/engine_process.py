@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import time
 import traceback
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -19,6 +21,7 @@ START_TIMEOUT_S = 900
 
 
 def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
+    llm = None
     try:
         from vllm import LLM, SamplingParams
 
@@ -36,7 +39,10 @@ def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
                 pipe.send(("done", _next_logprobs(llm, requests, SamplingParams)))
                 continue
             if kind == "call":
-                pipe.send(("done", llm.collective_rpc(requests)))
+                pipe.send(("done", llm.collective_rpc(requests, args=sampling)))
+                continue
+            if kind == "cache_tokens":
+                pipe.send(("done", _cache_tokens(llm)))
                 continue
             params = [SamplingParams(**(sampling | extra)) for _, extra in requests]
             if kind == "profile":
@@ -45,43 +51,65 @@ def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
                 llm.stop_profile()
                 pipe.send(("done", None))
                 continue
-            pipe.send(("done", _run(llm, [c for c, _ in requests], params, concurrency)))
+            run = _run(llm, [c for c, _ in requests], params, concurrency, kind == "stream")
+            pipe.send(("done", run))
     except EOFError:
         pass
     except BaseException:
         pipe.send(("failed", traceback.format_exc()))
+    finally:
+        if llm is not None:
+            # Its own process would outlive this one and keep the GPU's memory.
+            llm.llm_engine.engine_core.shutdown()
 
 
-def _run(llm: Any, conversations: list, params: list, concurrency: int) -> dict[str, Any]:
+def _token_ids(tokenizer: Any, conversation: list) -> list[int]:
+    """Prompt of a list of messages; token ids stay what they are."""
+    if conversation and isinstance(conversation[0], int):
+        return conversation
+    return list(
+        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    )
+
+
+def _run(
+    llm: Any, conversations: list, params: list, concurrency: int, stream: bool = False
+) -> dict[str, Any]:
     """Answer all, with ``concurrency`` requests in flight until none is left to start.
 
     Waves would measure how unevenly answers end: a slot that is done would wait for the slowest.
+    With ``stream`` every step's tokens are handed out, and answers hold ``first_token_seconds``.
     """
     from vllm.sampling_params import RequestOutputKind
 
+    kind = RequestOutputKind.CUMULATIVE if stream else RequestOutputKind.FINAL_ONLY
     tokenizer = llm.get_tokenizer()
-    prompts = [
-        {"prompt_token_ids": list(ids)}
-        for ids in (
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            for messages in conversations
-        )
-    ]
+    prompts = [{"prompt_token_ids": _token_ids(tokenizer, c)} for c in conversations]
     engine, answers, in_flight, started = llm.llm_engine, [None] * len(prompts), 0, 0
     begin = time.perf_counter()
-    starts = [0.0] * len(prompts)
+    starts, firsts = [0.0] * len(prompts), [None] * len(prompts)
     while started < len(prompts) or in_flight:
         while started < len(prompts) and in_flight < concurrency:
             starts[started] = time.perf_counter()
-            params[started].output_kind = RequestOutputKind.FINAL_ONLY
+            params[started].output_kind = kind
             engine.add_request(str(started), prompts[started], params[started])
             started, in_flight = started + 1, in_flight + 1
         for output in engine.step():
+            index, now = int(output.request_id), time.perf_counter()
+            if firsts[index] is None:
+                firsts[index] = now - starts[index]
             if output.finished:
                 in_flight -= 1
-                index = int(output.request_id)
-                answers[index] = _answer(output, time.perf_counter() - starts[index])
+                answers[index] = _answer(output, now - starts[index])
+                if stream:
+                    answers[index]["first_token_seconds"] = firsts[index]
     return {"answers": answers, "seconds": time.perf_counter() - begin}
+
+
+def _cache_tokens(llm: Any) -> int | None:
+    """Tokens that the KV cache holds; None where the front end was not told."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return cache.num_gpu_blocks and cache.num_gpu_blocks * cache.block_size
 
 
 def _answer(output: Any, seconds: float) -> dict[str, Any]:
@@ -116,14 +144,20 @@ class EngineProcess:
         For messages.
     engine_args : dict
         Keyword arguments of ``vllm.LLM``; and ``profile_to``, a folder for :meth:`profile`.
+    environment : dict, optional
+        Environment variables of this engine alone.
     """
 
-    def __init__(self, name: str, engine_args: dict[str, Any]):
+    def __init__(
+        self, name: str, engine_args: dict[str, Any], environment: dict[str, str] | None = None
+    ):
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._pipe, child = context.Pipe()
         self._process = context.Process(target=_serve, args=(child, engine_args))
-        self._process.start()
+        # vLLM reads some of them while it is imported.
+        with mock.patch.dict(os.environ, environment or {}):
+            self._process.start()
         child.close()
 
     def _receive(self, timeout: float | None) -> Any:
@@ -143,9 +177,15 @@ class EngineProcess:
         conversations: list[tuple[list[dict], dict]],
         sampling: dict[str, Any],
         concurrency: int = 1,
+        stream: bool = False,
     ) -> dict[str, Any]:
-        """Answer conversations; each comes with sampling parameters of its own on top."""
-        self._pipe.send(("chat", conversations, sampling, concurrency))
+        """Answer conversations; each comes with sampling parameters of its own on top.
+
+        A conversation is a list of messages, or of token ids. With ``stream`` every answer tells
+        when its first token came.
+        """
+        kind = "stream" if stream else "chat"
+        self._pipe.send((kind, conversations, sampling, concurrency))
         return self._receive(None)
 
     def profile(
@@ -155,9 +195,14 @@ class EngineProcess:
         self._pipe.send(("profile", conversations, sampling, concurrency))
         self._receive(None)
 
-    def call_workers(self, method: str) -> list[Any]:
+    def call_workers(self, method: str, *args: Any) -> list[Any]:
         """What a method of the worker class returns, by rank."""
-        self._pipe.send(("call", method, None, None))
+        self._pipe.send(("call", method, args, None))
+        return self._receive(None)
+
+    def cache_tokens(self) -> int | None:
+        """Tokens that the KV cache holds, where the engine tells."""
+        self._pipe.send(("cache_tokens", None, None, None))
         return self._receive(None)
 
     def next_logprobs(self, prompts: list[list[int]]) -> list[dict[int, float]]:

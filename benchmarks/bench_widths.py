@@ -1,0 +1,208 @@
+"""The adaptive choice of nodes against every fixed tree, by concurrency and context.
+
+    python benchmarks/bench_widths.py --model MODEL --heads HEADS --out record.json
+
+One engine with ``adaptive`` on; per cell it is held at each width in turn, between rounds of its
+own choice, so that all are measured with the same graphs, interleaved.  Prompts of a length are
+different MT-Bench questions with the model's own answers, in an order of their own, and a last
+question; the prefix cache keeps them, so that rounds after the first are decoding only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_serving import QUESTIONS, tokens_per_second
+from cells import Cells, add_options
+from compare import steps_of
+from engine_process import EngineProcess
+from records import spread
+
+from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
+
+ADAPTIVE = "adaptive"
+# Above, no graphs were captured and no step was timed (step_timer.py).
+MOST_ROWS = 1024
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--model", required=True, help="target model directory")
+    parser.add_argument("--heads", required=True, help="Medusa heads with a calibrated tree")
+    parser.add_argument("--label", default=None, help="how tables name the model")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[0, 3, 7, 15, 31, 63])
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256]
+    )
+    parser.add_argument("--context", type=int, nargs="+", default=[512, 4096, 16384])
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=4, help="of a round; the level if more")
+    parser.add_argument("--num-questions", type=int, default=80, help="whose answers fill prompts")
+    parser.add_argument("--answer-tokens", type=int, default=256)
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true", help="start fast, run slowly")
+    parser.add_argument("--max-num-seqs", type=int, default=None)
+    parser.add_argument("--kv-cache-gb", type=float, default=None)
+    parser.add_argument("--config", type=json.loads, default={}, help="more of speculative_config")
+    return parser.parse_args()
+
+
+def fill_prompts(
+    blocks: list[list[int]], last: list[list[int]], length: int, count: int, seed: int
+) -> list[list[int]]:
+    """Token-id prompts of exactly ``length``: shuffled blocks, the last one cut, and a question.
+
+    Parameters
+    ----------
+    blocks : list of list of int
+        Questions with their answers, in the model's chat format.
+    last : list of list of int
+        Questions to answer.
+
+    Examples
+    --------
+    >>> fill_prompts([[1, 2], [3, 4]], [[8], [9]], 4, 2, seed=1)
+    [[1, 2, 3, 8], [3, 4, 1, 9]]
+    """
+    draw, prompts = random.Random(seed), []
+    for index in range(count):
+        question = last[index % len(last)]
+        order, body = draw.sample(blocks, len(blocks)), []
+        for block in order * (1 + length // sum(map(len, blocks))):
+            if len(body) + len(question) >= length:
+                break
+            body = body + block
+        room = max(0, length - len(question))
+        prompts.append(body[:room] + question)
+    return prompts
+
+
+def make_blocks(engine: EngineProcess, args: argparse.Namespace) -> tuple[list, list]:
+    """The model's own first answers as prompt blocks, and the questions as they are asked."""
+    pool = choose_prompts(read_prompts(args.questions).prompts, args.num_questions)
+    requests = [([{"role": "user", "content": q.turns[0]}], {}) for q in pool]
+    sampling = {"temperature": 0.0, "max_tokens": args.answer_tokens}
+    level = args.max_num_seqs or max(args.concurrency)
+    answers = engine.run(requests, sampling, min(64, level))["answers"]
+    blocks = [a["prompt_token_ids"] + a["token_ids"] for a in answers]
+    return blocks, [a["prompt_token_ids"] for a in answers]
+
+
+def measure(
+    engine: EngineProcess, prompts: list[list[int]], args: argparse.Namespace, level: int
+) -> dict[str, Any]:
+    """All widths that have graphs, and the adaptive choice, in turns."""
+    sampling = {"temperature": 0.0, "max_tokens": args.max_tokens}
+    requests = [(prompt, {}) for prompt in prompts]
+    widths: list[Any] = [ADAPTIVE, *(n for n in args.nodes if (n + 1) * level <= MOST_ROWS)]
+    # Prefill for all rounds, and time for the adaptive choice to learn what is accepted.
+    engine.call_workers("force_nodes", None)
+    engine.run(requests, sampling, level)
+    runs: dict[Any, list] = {width: [] for width in widths}
+    chosen: list[dict] = []
+    for index in range(args.rounds):
+        for width in widths[:: 1 if index % 2 == 0 else -1]:
+            engine.call_workers("force_nodes", None if width == ADAPTIVE else width)
+            run = engine.run(requests, sampling, level)
+            # As bench_serving counts: answers by question, then by turn.
+            run["answers"] = [[answer] for answer in run["answers"]]
+            runs[width].append(run)
+            if width == ADAPTIVE:
+                (state,) = engine.call_workers("force_nodes", None)
+                sizes = state["nodes_by_batch_size"]
+                chosen.append({"nodes": sizes[min(level, len(sizes)) - 1], "share": state["share"]})
+    found = {}
+    for width, own in runs.items():
+        steps = [steps_of(run) for run in own]
+        found[str(width)] = {
+            "tokens_per_s": spread([tokens_per_second(run) for run in own]),
+            "tokens_per_step": spread([s["tokens_per_step"] for s in steps]),
+            "step_ms": spread([s["step_ms"] for s in steps]),
+        }
+    fixed = {w: found[w]["tokens_per_s"]["median"] for w in found if w != ADAPTIVE}
+    best = max(fixed, key=lambda width: fixed[width])
+    return {
+        "requests": len(prompts),
+        "widths": found,
+        "chosen": chosen,
+        "best_fixed": int(best),
+        "adaptive_over_best_fixed": found[ADAPTIVE]["tokens_per_s"]["median"] / fixed[best],
+    }
+
+
+def start(args: argparse.Namespace) -> EngineProcess:
+    """The engine; its longest prompt and answer fit."""
+    longest = max(args.context) + args.max_tokens + max(args.nodes) + 1
+    arguments: dict[str, Any] = {
+        "model": args.model, "dtype": args.dtype, "enforce_eager": args.enforce_eager,
+        "max_model_len": longest, "seed": args.seed, "enable_prefix_caching": True,
+        "max_num_seqs": args.max_num_seqs or max(args.concurrency),
+        "per_request_spec_decode_metrics": "summary",
+        "worker_extension_cls": "forced_nodes.ForcedNodes",
+        "speculative_config": {"method": "medusa", "model": args.heads} | args.config,
+    }  # fmt: skip
+    if args.kv_cache_gb is not None:
+        arguments["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 2**30)
+    # A small model's positions end early; its text is then worse, the steps cost the same.
+    environment = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    return EngineProcess("adaptive", arguments, environment)
+
+
+def main() -> None:
+    """Start the engine, measure cell by cell."""
+    args = parse_args()
+    head = {
+        "benchmark": "widths", "model": Path(args.model).name, "heads": Path(args.heads).name,
+        "label": args.label or Path(args.model).name, "max_tokens": args.max_tokens,
+        "rounds": args.rounds, "nodes": args.nodes, "config": args.config,
+    }  # fmt: skip
+    cells = Cells(args.out, head, args.time_limit)
+    keys = [{"concurrency": n, "context": c} for c in args.context for n in args.concurrency]
+    todo = [key for key in keys if key not in cells]
+    if not todo:
+        return
+    engine = start(args)
+    try:
+        engine.wait_ready()
+        room = engine.cache_tokens()
+        blocks, last = make_blocks(engine, args)
+        took = 0.0
+        for key in todo:
+            level, context = key["concurrency"], key["context"]
+            count = max(args.requests, level)
+            if room is not None and count * (context + args.max_tokens + 64) > room:
+                print(f"{key}: more than the cache's {room} tokens, left out", flush=True)
+                continue
+            if not cells.has_time(1.5 * took):
+                break
+            began = time.monotonic()
+            prompts = fill_prompts(blocks, last, context, count, args.seed)
+            found = measure(engine, prompts, args, level)
+            took = time.monotonic() - began
+            cells.add(key, found)
+            print(
+                f"{key}: adaptive {found['widths'][ADAPTIVE]['tokens_per_s']['median']:.1f} tok/s "
+                f"(chose {[c['nodes'] for c in found['chosen']]}), best fixed {found['best_fixed']}"
+                f" nodes, adaptive {found['adaptive_over_best_fixed']:.3f} times it, {took:.0f} s",
+                flush=True,
+            )
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A benchmark's record as cells: each is written when it is measured, and skipped the next time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from records import write_record
+
+from vllm_medusa.provenance import git_sha
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that every benchmark of cells has."""
+    parser.add_argument("--out", type=Path, required=True, help="JSON record to write or extend")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="start nothing that would probably end later; the next call goes on",
+    )
+
+
+class Cells:
+    """The cells of one record, by key.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The record; cells that it holds already are kept.
+    head : dict
+        What all cells have in common: benchmark, model, settings. JSON types only.
+    time_limit : float
+        Seconds from now.
+
+    Raises
+    ------
+    ValueError
+        The record was made with other settings.
+    """
+
+    def __init__(self, path: Path, head: dict[str, Any], time_limit: float = float("inf")):
+        self.path, self.head = path, head
+        self._end = time.monotonic() + time_limit
+        self.cells: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        old = json.loads(path.read_text())
+        for name, value in head.items():
+            if old.get(name) != value:
+                raise ValueError(
+                    f"{path}: {name} is {old.get(name)!r} there and {value!r} now; "
+                    "choose another --out"
+                )
+        self.cells = old["cells"]
+
+    def __contains__(self, key: dict[str, Any]) -> bool:
+        return any(cell["key"] == key for cell in self.cells)
+
+    def add(self, key: dict[str, Any], values: dict[str, Any]) -> None:
+        """Write the record with one more cell, or with a new one in place of an old."""
+        self.cells = [cell for cell in self.cells if cell["key"] != key]
+        # Calls that extend a record may come from different commits.
+        self.cells.append({"key": key, "git_sha": git_sha(), **values})
+        write_record(self.path, {**self.head, "cells": self.cells})
+
+    def has_time(self, seconds: float) -> bool:
+        """Whether so many seconds are left."""
+        return time.monotonic() + seconds <= self._end

@@ -1,0 +1,334 @@
+"""Every way of speculation that vLLM 0.32 has, and ours, on the same questions: who wins where.
+
+    python benchmarks/compare.py --model MODEL --heads HEADS --out record.json
+
+Stock plain vLLM stays alive beside one contender after the other and takes turns with it, round
+by round, so that every speed-up has a plain run next to it and a drift of the machine shows in
+them. All see the same first turns of MT-Bench with so many requests in flight, greedily.
+Contenders that are no part of this project run with the plugin off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bench_serving import QUESTIONS, acceptance, agreement, answer, tokens_per_second
+from cells import Cells, add_options
+from engine_process import EngineProcess
+from records import spread
+
+from vllm_medusa.training.prompt_files import Prompt, choose_prompts, read_prompts
+
+# vLLM as it is without this project; the second hides our stand-in for Triton's CPU backend.
+STOCK = {"VLLM_PLUGINS": "", "TRITON_BACKENDS_IN_TREE": "1"}
+# vLLM's own Medusa and suffix decoding exist on its first runner only.
+STOCK_V1 = STOCK | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+SIDES = ("tree", "dynamic", "chain", "vllm-medusa", "ngram", "ngram_gpu", "suffix", "draft")
+WARM_UP_TOKENS = 24
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--model", required=True, help="target model directory")
+    parser.add_argument("--heads", required=True, help="Medusa heads")
+    parser.add_argument("--label", default=None, help="how tables name the model")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument(
+        "--side",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="a further contender: its speculative_config; HEADS stands for the heads",
+    )
+    parser.add_argument("--draft-model", default=None, help="for the side `draft`")
+    parser.add_argument("--draft-tokens", type=int, default=5, help="of ngram and draft sides")
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--num-questions", type=int, default=16, help="twice the level if more")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true", help="start fast, run slowly")
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-num-seqs", type=int, default=None)
+    parser.add_argument("--kv-cache-gb", type=float, default=None, help="of each engine")
+    return parser.parse_args()
+
+
+def heads_for_vllm(model: str, heads: str, folder: Path) -> Path:
+    """Heads as vLLM's own loader reads them: with an lm_head in the file, one for all heads.
+
+    Heads that share the target's lm_head are given a copy of it.
+    """
+    from safetensors import safe_open
+
+    from vllm_medusa.checkpoint import load_heads
+    from vllm_medusa.checkpoint_save import save_heads
+
+    target = json.loads((Path(model) / "config.json").read_text())
+    weights = load_heads(
+        heads, hidden_size=target["hidden_size"], vocab_size=target["vocab_size"], base_model=model
+    )
+    if not weights.spec.own_lm_head:
+        tied = target.get("tie_word_embeddings")
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        for path in sorted(Path(model).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                if name in file.keys():  # noqa: SIM118 (no mapping)
+                    lm_head = file.get_tensor(name).to(weights.spec.dtype)
+        spec = dataclasses.replace(weights.spec, own_lm_head=True, common_lm_head=True)
+        weights = dataclasses.replace(weights, spec=spec, lm_head=lm_head[None])
+    save_heads(weights, folder, "D")
+    return folder
+
+
+def num_heads_of(args: argparse.Namespace) -> int:
+    """Heads in the file."""
+    from vllm_medusa.checkpoint import load_heads
+
+    size = json.loads((Path(args.model) / "config.json").read_text())
+    return load_heads(
+        args.heads, hidden_size=size["hidden_size"], vocab_size=size["vocab_size"]
+    ).spec.num_heads
+
+
+def contenders(args: argparse.Namespace) -> dict[str, tuple[Callable[[], dict], dict[str, str]]]:
+    """Side -> (what makes its speculative_config, environment)."""
+    ours = {"method": "medusa", "model": args.heads}
+    drafts = {"num_speculative_tokens": args.draft_tokens}
+    lookup = drafts | {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+
+    def chain() -> dict:
+        return ours | {"tree": [1] * num_heads_of(args)}
+
+    def stock_medusa() -> dict:
+        copy = heads_for_vllm(args.model, args.heads, args.out.with_suffix(".heads"))
+        return {
+            "method": "medusa",
+            "model": str(copy),
+            "num_speculative_tokens": num_heads_of(args),
+        }
+
+    def suffix() -> dict:
+        if find_spec("arctic_inference") is None:
+            raise RuntimeError("suffix decoding needs arctic-inference, which is not installed")
+        return {"method": "suffix"}
+
+    def draft() -> dict:
+        if args.draft_model is None:
+            raise RuntimeError("no --draft-model given")
+        return drafts | {"method": "draft_model", "model": args.draft_model}
+
+    known: dict[str, tuple[Callable[[], dict], dict[str, str]]] = {
+        "tree": (lambda: ours, {}),
+        "dynamic": (lambda: ours | {"tree": "dynamic"}, {}),
+        "chain": (chain, {}),
+        "vllm-medusa": (stock_medusa, STOCK_V1),
+        "ngram": (lambda: lookup | {"method": "ngram"}, STOCK),
+        "ngram_gpu": (lambda: lookup | {"method": "ngram_gpu"}, STOCK),
+        "suffix": (suffix, STOCK_V1),
+        "draft": (draft, STOCK),
+    }
+    chosen = {name: known[name] for name in args.sides}
+    for text in args.side:
+        name, _, config = text.partition("=")
+        config = json.loads(config)
+        if config.get("model") == "HEADS":
+            config["model"] = args.heads
+        own = config.get("method") == "medusa"
+        chosen[name] = (functools.partial(dict, config), {} if own else STOCK)
+    return chosen
+
+
+def steps_of(run: dict[str, Any]) -> dict[str, float]:
+    """Tokens per step and mean step time of one round, of any kind of speculation.
+
+    A request's steps are its tokens without the accepted drafts, its prefill among them; the time
+    of a step is what requests took for theirs.
+    """
+    answers = [output for turns in run["answers"] for output in turns]
+    tokens = sum(len(output["token_ids"]) for output in answers)
+    accepted = sum(
+        depth * count
+        for output in answers
+        for depth, count in enumerate(output["accepted_histogram"] or [])
+    )
+    # The last step may have accepted more than an answer had room for.
+    steps = max(len(answers), tokens - accepted)
+    seconds = sum(output["seconds"] for output in answers)
+    return {"tokens_per_step": tokens / steps, "step_ms": 1e3 * seconds / steps}
+
+
+def measure(
+    plain: EngineProcess,
+    side: EngineProcess,
+    pool: list[Prompt],
+    args: argparse.Namespace,
+    level: int,
+) -> dict[str, Any]:
+    """One contender beside plain decoding at one concurrency."""
+    count = max(args.num_questions, 2 * level)
+    questions = list(itertools.islice(itertools.cycle(pool), count))
+    both = {"plain": plain, "side": side}
+    short = argparse.Namespace(**vars(args) | {"max_tokens": WARM_UP_TOKENS})
+    for engine in both.values():
+        answer(engine, questions[: max(2, level)], short, level, 0.0)
+    runs: dict[str, list] = {name: [] for name in both}
+    for index in range(args.rounds):
+        for name in list(both)[:: 1 if index % 2 == 0 else -1]:
+            runs[name].append(answer(both[name], questions, args, level, 0.0))
+    rates = {name: [tokens_per_second(run) for run in own] for name, own in runs.items()}
+    steps = {name: [steps_of(run) for run in own] for name, own in runs.items()}
+    has_counts = all(
+        output["accepted_histogram"] for turns in runs["side"][-1]["answers"] for output in turns
+    )
+    found = acceptance(questions, runs["side"][-1]) if has_counts else {}
+    return {
+        "num_questions": count,
+        "plain_tokens_per_s": spread(rates["plain"]),
+        "tokens_per_s": spread(rates["side"]),
+        "speedup": spread([m / p for m, p in zip(rates["side"], rates["plain"], strict=True)]),
+        "tokens_per_step": statistics.median(s["tokens_per_step"] for s in steps["side"]),
+        "step_ms": spread([s["step_ms"] for s in steps["side"]]),
+        "plain_step_ms": spread([s["step_ms"] for s in steps["plain"]]),
+        "accepted_by_depth": found.get("accepted_by_depth"),
+        "agreement": agreement(runs["plain"][-1], runs["side"][-1], plain),
+    }
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What all engines have in common."""
+    common: dict[str, Any] = {
+        "model": args.model, "dtype": args.dtype, "enforce_eager": args.enforce_eager,
+        "max_model_len": args.max_model_len,
+        "max_num_seqs": args.max_num_seqs or max(8, *args.concurrency),
+        "enable_prefix_caching": False, "seed": args.seed,
+    }  # fmt: skip
+    if args.kv_cache_gb is not None:
+        common["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 2**30)
+        # Two engines share the GPU; vLLM refuses to start unless this share of it is free.
+        common["gpu_memory_utilization"] = 0.4
+    return common
+
+
+def run_side(
+    name: str,
+    levels: list[int],
+    start: Callable[[], EngineProcess],
+    plain: EngineProcess,
+    pool: list[Prompt],
+    args: argparse.Namespace,
+    cells: Cells,
+) -> None:
+    """All levels that are left of one contender; a failure is a cell too."""
+    side = None
+    try:
+        side = start()
+        side.wait_ready()
+        longest = 0.0
+        for level in levels:
+            if not cells.has_time(1.5 * longest):
+                print(f"{name}: no time for {level} request(s) at once and more", flush=True)
+                break
+            began = time.monotonic()
+            found = measure(plain, side, pool, args, level)
+            longest = max(longest, time.monotonic() - began)
+            cells.add({"side": name, "concurrency": level}, found)
+            print(f"{name}, {level} at once: {line(found)}", flush=True)
+    except (RuntimeError, TimeoutError, ValueError) as error:
+        # The last line of a traceback names the error.
+        reason = str(error).strip().splitlines()[-1]
+        cells.add({"side": name, "concurrency": None}, {"failed": reason})
+        print(f"{name}: {error}", flush=True)
+    finally:
+        if side is not None:
+            side.close()
+
+
+def line(cell: dict[str, Any]) -> str:
+    """One cell in words."""
+    same = cell["agreement"]
+    parted = same["first_divergences"]
+    where = f", the first to part at token {parted[0]['position']}" if parted else ""
+    return (
+        f"{cell['tokens_per_s']['median']:.1f} tok/s, {cell['speedup']['median']:.2f} times plain, "
+        f"{cell['tokens_per_step']:.2f} tokens per step, {cell['step_ms']['median']:.2f} ms a step "
+        f"(plain {cell['plain_step_ms']['median']:.2f}), {same['identical']} of "
+        f"{same['first_turns_compared']} answers identical{where}"
+    )
+
+
+def winners(cells: list[dict[str, Any]]) -> list[str]:
+    """Who is fastest at each concurrency, and who loses to plain decoding."""
+    lines = []
+    for level in sorted({c["key"]["concurrency"] for c in cells if "failed" not in c}):
+        speeds = {
+            c["key"]["side"]: c["speedup"]["median"]
+            for c in cells
+            if c["key"]["concurrency"] == level
+        }
+        ranked = sorted(speeds, key=lambda name: -speeds[name])
+        ordered = ", ".join(f"{name} {speeds[name]:.2f}" for name in ranked)
+        best = ranked[0] if speeds[ranked[0]] > 1 else "plain"
+        lines.append(f"{level} at once: {best} wins ({ordered}; plain 1)")
+    return lines
+
+
+def main() -> None:
+    """Start plain vLLM, then one contender after the other; write every cell at once."""
+    args = parse_args()
+    common = engine_arguments(args)
+    head = {
+        "benchmark": "compare", "model": Path(args.model).name, "heads": Path(args.heads).name,
+        "label": args.label or Path(args.model).name, "max_tokens": args.max_tokens,
+        "rounds": args.rounds, "draft_tokens": args.draft_tokens,
+        "draft_model": args.draft_model and Path(args.draft_model).name,
+        "engine_args": {k: v for k, v in common.items() if k != "model"},
+        "order": "contenders one after the other, each taking turns with one stock plain engine "
+        "that stays alive in the same GPU's memory",
+    }  # fmt: skip
+    cells = Cells(args.out, head, args.time_limit)
+    pool = choose_prompts(read_prompts(args.questions).prompts, None)
+    args.turns = 1
+    sides = contenders(args)
+    todo = {
+        name: [n for n in args.concurrency if {"side": name, "concurrency": n} not in cells]
+        for name in sides
+        if {"side": name, "concurrency": None} not in cells
+    }
+    if any(todo.values()):
+        began = time.monotonic()
+        plain = EngineProcess("plain", common, STOCK)
+        metrics = {"per_request_spec_decode_metrics": "summary"}
+
+        def start(name: str) -> EngineProcess:
+            config, environment = sides[name]
+            extra = metrics | {"speculative_config": config()}
+            return EngineProcess(name, common | extra, environment)
+
+        try:
+            plain.wait_ready()
+            needed = time.monotonic() - began
+            for name, levels in todo.items():
+                if levels and cells.has_time(1.5 * needed):
+                    run_side(name, levels, functools.partial(start, name), plain, pool, args, cells)
+        finally:
+            plain.close()
+    print("\n".join(winners(cells.cells)))
+
+
+if __name__ == "__main__":
+    main()
