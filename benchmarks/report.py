@@ -13,37 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+# Also where the folder of this file is not on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from report_comparisons import compare_section, latency_section, roofline_section, widths_section
+from report_tables import RESULTS, ROOT, device, measured_table, median_of, shown_command, table
+
 HEADS = ROOT / "vllm_medusa" / "assets" / "smollm2-135m-instruct"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-    lines.insert(1, "|" + "---|" * len(header))
-    return "\n".join(lines)
-
-
-def measured_table(
-    text: str, path: Path, record: dict[str, Any], header: list[str], rows: list[list[str]]
-) -> str:
-    """What was measured, the record's name, its table and the command that made it."""
-    return (
-        f"{text} `{path.relative_to(ROOT)}`:\n\n{table(header, rows)}\n\n"
-        f"`{shown_command(record)}`"
-    )
-
-
-def device(record: dict[str, Any]) -> str:
-    """Where a record was made."""
-    provenance = record["provenance"]
-    return (provenance["gpus"] or [provenance["processor"]])[0]
-
-
-def median_of(values: dict[str, float]) -> str:
-    """Median and, in brackets, extremes."""
-    return f"{values['median']:.1f} ({values['min']:.1f}-{values['max']:.1f})"
 
 
 def serving_section(path: Path) -> str:
@@ -135,13 +111,6 @@ def serve_section(path: Path) -> str:
         f"tok/s, {record['tokens_per_step']:.2f} tokens per step by the server's own metrics; "
         f"`{path.relative_to(ROOT)}`.\n\n`{shown_command(record)}`"
     )
-
-
-def shown_command(record: dict[str, Any]) -> str:
-    """The command of a record, without the directories of the machine that ran it."""
-    words = record["provenance"]["command"]
-    script = f"benchmarks/{Path(words[0]).name}"
-    return " ".join(["python", script, *(Path(w).name if "/" in w else w for w in words[1:])])
 
 
 def attention_section(path: Path) -> str:
@@ -309,6 +278,10 @@ def refusals_section() -> str:
 def results_section() -> str:
     """All measured tables, in a fixed order."""
     parts = [serving_section(path) for path in sorted(RESULTS.glob("*serving*.json"))]
+    parts += [compare_section(path) for path in sorted(RESULTS.glob("*_compare.json"))]
+    parts += [widths_section(path) for path in sorted(RESULTS.glob("*_widths.json"))]
+    parts += [latency_section(path) for path in sorted(RESULTS.glob("*_latency.json"))]
+    parts += [roofline_section(path) for path in sorted(RESULTS.glob("*_roofline.json"))]
     parts += [serve_section(path) for path in sorted(RESULTS.glob("*_serve.json"))]
     parts.append(heads_section())
     parts += [chosen_trees_section(path) for path in sorted(RESULTS.glob("*_chosen_trees.json"))]

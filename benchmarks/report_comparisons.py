@@ -1,0 +1,149 @@
+"""README's tables of compare.py, bench_widths.py and bench_latency.py, from their records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from report_tables import device, measured_table
+
+
+def commits(record: dict[str, Any]) -> str:
+    """Commits of a record's cells."""
+    found = dict.fromkeys((cell["git_sha"] or "unknown")[:10] for cell in record["cells"])
+    return f"commit {', '.join(found)}"
+
+
+def ratio(values: dict[str, float]) -> str:
+    """Median and, in brackets, extremes of a ratio."""
+    return f"{values['median']:.2f} ({values['min']:.2f}-{values['max']:.2f})"
+
+
+def compare_section(path: Path) -> str:
+    """Every kind of speculation against plain vLLM; the fastest at each concurrency is bold."""
+    record = json.loads(path.read_text())
+    cells = [cell for cell in record["cells"] if "failed" not in cell]
+    failed = [cell for cell in record["cells"] if "failed" in cell]
+    best: dict[int, float] = {}
+    for cell in cells:
+        level = cell["key"]["concurrency"]
+        best[level] = max(best.get(level, 1.0), cell["speedup"]["median"])
+    rows = []
+    for cell in sorted(
+        cells, key=lambda cell: (cell["key"]["concurrency"], -cell["speedup"]["median"])
+    ):
+        level, same = cell["key"]["concurrency"], cell["agreement"]
+        parted = same["first_divergences"]
+        speed = ratio(cell["speedup"])
+        rows.append(
+            [
+                str(level), cell["key"]["side"],
+                f"{cell['tokens_per_s']['median']:.1f}",
+                f"**{speed}**" if cell["speedup"]["median"] == best[level] else speed,
+                f"{cell['tokens_per_step']:.2f}",
+                f"{cell['step_ms']['median']:.2f} ({cell['plain_step_ms']['median']:.2f})",
+                f"{same['identical']} of {same['first_turns_compared']}",
+                str(parted[0]["position"]) if parted else "-",
+            ]
+        )  # fmt: skip
+    header = [
+        "requests at once", "contender", "tok/s", "speed-up over plain", "tokens per step",
+        "ms a step (plain)", "answers identical to plain", "first to part at token",
+    ]  # fmt: skip
+    left_out = "; ".join(f"{cell['key']['side']}: {cell['failed']}" for cell in failed)
+    text = (
+        f"**Head to head, {record['label']} on {device(record)}**, first turns of MT-Bench, at "
+        f"most {record['max_tokens']} tokens, temperature 0, {record['rounds']} rounds, "
+        f"{record['order']}; {commits(record)};"
+    )
+    notes = f"\n\nNot measured: {left_out}." if left_out else ""
+    return measured_table(text, path, record, header, rows) + notes
+
+
+def widths_section(path: Path) -> str:
+    """The adaptive choice against every fixed tree."""
+    record = json.loads(path.read_text())
+    rows = []
+    for cell in sorted(
+        record["cells"], key=lambda cell: (cell["key"]["context"], cell["key"]["concurrency"])
+    ):
+        key, widths = cell["key"], cell["widths"]
+        fixed = [
+            f"{widths[str(n)]['tokens_per_s']['median']:.0f}" if str(n) in widths else "-"
+            for n in record["nodes"]
+        ]
+        chosen = dict.fromkeys(str(state["nodes"]) for state in cell["chosen"])
+        rows.append(
+            [
+                str(key["context"]), str(key["concurrency"]), *fixed,
+                f"{widths['adaptive']['tokens_per_s']['median']:.0f}", " ".join(chosen),
+                f"{cell['adaptive_over_best_fixed']:.2f}",
+            ]
+        )  # fmt: skip
+    header = [
+        "context", "requests at once", *(f"{n} nodes" for n in record["nodes"]), "adaptive",
+        "it chose", "adaptive / best fixed",
+    ]  # fmt: skip
+    text = (
+        f"**Adaptive choice against fixed trees, {record['label']} on {device(record)}**, tok/s, "
+        "one engine held at each width in turn; prompts of MT-Bench questions and the model's own "
+        f"answers, {record['max_tokens']} tokens each, medians of {record['rounds']} interleaved "
+        f"rounds; {commits(record)};"
+    )
+    return measured_table(text, path, record, header, rows)
+
+
+def latency_section(path: Path) -> str:
+    """Time to the first token; the plugin where it is off."""
+    record = json.loads(path.read_text())
+    rows = []
+    for cell in sorted(record["cells"], key=lambda cell: cell["key"]["concurrency"]):
+        for name, side in cell["sides"].items():
+            first, over = side["first_token_ms"], cell["rate_over_first_side"].get(name)
+            rows.append(
+                [
+                    str(cell["key"]["concurrency"]), name, f"{first['median']:.1f}",
+                    f"{first['p90']:.1f}", f"{side['tokens_per_s']['median']:.1f}",
+                    "1" if over is None else ratio(over),
+                ]
+            )  # fmt: skip
+    base = record["sides"][0]
+    header = [
+        "requests at once", "engine", "first token, ms: median", "p90", "tok/s", f"over {base}",
+    ]  # fmt: skip
+    text = (
+        f"**Time to the first token, {record['label']} on {device(record)}**, streamed, first "
+        f"turns of MT-Bench, {record['rounds']} rounds in turns; *stock* is vLLM without the "
+        f"plugin (`VLLM_PLUGINS=''`), *plugin off* has it installed; {commits(record)};"
+    )
+    return measured_table(text, path, record, header, rows)
+
+
+def roofline_section(path: Path) -> str:
+    """Milliseconds of a step, and the share of them that the machine needs."""
+    record = json.loads(path.read_text())
+    shortest = min(point["context"] for point in record["points"])
+    found = {
+        (point["nodes"], point["requests"]): point
+        for point in record["points"]
+        if point["context"] == shortest
+    }
+    sizes = sorted({requests for _, requests in found})
+    rows = [
+        [
+            str(nodes),
+            *(
+                f"{p['ms']:.2f} ({p['floor_ms'] / p['ms']:.0%})" if p else "-"
+                for p in (found.get((nodes, requests)) for requests in sizes)
+            ),
+        ]
+        for nodes in sorted({nodes for nodes, _ in found})
+    ]
+    text = (
+        f"**Decode steps against the roofline, {record['label']} on {device(record)}**, "
+        f"milliseconds at context {shortest} and, in brackets, the floor's share: the larger of "
+        f"bytes at {record['bandwidth']} TB/s and products at {record['tflops']:.0f} TFLOP/s;"
+    )
+    header = ["nodes", *(f"{requests} at once" for requests in sizes)]
+    return measured_table(text, path, record, header, rows)

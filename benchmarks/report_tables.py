@@ -1,0 +1,43 @@
+"""What all sections of README's results share: tables, devices, commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    return "\n".join(lines)
+
+
+def measured_table(
+    text: str, path: Path, record: dict[str, Any], header: list[str], rows: list[list[str]]
+) -> str:
+    """What was measured, the record's name, its table and the command that made it."""
+    return (
+        f"{text} `{path.relative_to(ROOT)}`:\n\n{table(header, rows)}\n\n`{shown_command(record)}`"
+    )
+
+
+def device(record: dict[str, Any]) -> str:
+    """Where a record was made."""
+    provenance = record["provenance"]
+    return (provenance["gpus"] or [provenance["processor"]])[0]
+
+
+def median_of(values: dict[str, float]) -> str:
+    """Median and, in brackets, extremes."""
+    return f"{values['median']:.1f} ({values['min']:.1f}-{values['max']:.1f})"
+
+
+def shown_command(record: dict[str, Any]) -> str:
+    """The command of a record, without the directories of the machine that ran it."""
+    words = record["provenance"]["command"]
+    script = f"benchmarks/{Path(words[0]).name}"
+    return " ".join(["python", script, *(Path(w).name if "/" in w else w for w in words[1:])])

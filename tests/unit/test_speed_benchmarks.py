@@ -1,0 +1,215 @@
+"""Benchmarks of whole engines: their records, their arithmetic and their tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = ("bench_latency", "bench_serving", "bench_widths", "cells", "compare", "engine_process",
+        "forced_nodes", "records", "report_comparisons", "report_tables", "roofline")  # fmt: skip
+PROVENANCE = {"command": ["/x/compare.py", "--out", "r.json"], "gpus": ["a GPU"], "processor": "p"}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+    for name in OURS:
+        sys.modules.pop(name, None)
+
+
+def answer(tokens: int, seconds: float, histogram: list[int] | None) -> dict:
+    """A finished request."""
+    return {"token_ids": [7] * tokens, "seconds": seconds, "accepted_histogram": histogram}
+
+
+def test_cells_are_kept_and_replaced(tmp_path):
+    from cells import Cells
+
+    path, head = tmp_path / "r.json", {"benchmark": "b", "rounds": 2}
+    first = Cells(path, head)
+    first.add({"n": 1}, {"value": 1})
+    first.add({"n": 2}, {"value": 2})
+    again = Cells(path, head)
+    assert {"n": 2} in again and {"n": 3} not in again
+    again.add({"n": 1}, {"value": 5})
+    record = json.loads(path.read_text())
+    assert [(c["key"]["n"], c["value"]) for c in record["cells"]] == [(2, 2), (1, 5)]
+    assert record["benchmark"] == "b" and "git_sha" in record["provenance"]
+    with pytest.raises(ValueError, match="rounds is 2 there and 3 now; choose another --out"):
+        Cells(path, head | {"rounds": 3})
+
+
+def test_time_limit(tmp_path):
+    from cells import Cells
+
+    assert Cells(tmp_path / "r.json", {}).has_time(1e9)
+    cells = Cells(tmp_path / "r.json", {}, time_limit=60)
+    assert cells.has_time(30) and not cells.has_time(90)
+
+
+def test_steps_are_tokens_without_accepted_drafts():
+    from compare import steps_of
+
+    # 10 tokens of which 2 + 2 * 2 were drafts: 4 steps, and 6 plain ones.
+    run = {"answers": [[answer(10, 2.0, [0, 2, 2])], [answer(6, 3.0, None)]]}
+    assert steps_of(run) == {"tokens_per_step": 1.6, "step_ms": 500.0}
+
+
+def test_heads_for_vllm_bring_the_targets_lm_head(tmp_path):
+    from compare import heads_for_vllm
+    from safetensors import safe_open
+
+    from vllm_medusa.checkpoint import load_heads
+    from vllm_medusa.checkpoint_save import save_heads
+    from vllm_medusa.head_weights import HeadSpec, HeadWeights
+
+    torch.manual_seed(0)
+    spec = HeadSpec(3, 1, 8, vocab_size=200, bias=True)
+    weight, bias = torch.randn(1, 3, 8, 8).bfloat16(), torch.randn(1, 3, 8).bfloat16()
+    save_heads(HeadWeights(spec, weight, bias), tmp_path / "heads")
+    lm_head = torch.randn(200, 8).bfloat16()
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"lm_head.weight": lm_head}, model / "model.safetensors")
+    (model / "config.json").write_text(json.dumps({"hidden_size": 8, "vocab_size": 200}))
+    copy = heads_for_vllm(str(model), str(tmp_path / "heads"), tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    assert config["original_lm_head"] and config["medusa_fc_bias"] and config["num_heads"] == 3
+    with safe_open(copy / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("lm_heads.0.weight"), lm_head)
+        assert torch.equal(file.get_tensor("blocks.2.layers.0.bias"), bias[0, 2])
+    assert load_heads(copy).spec.common_lm_head
+    # Made anew in the same place by the next call.
+    assert heads_for_vllm(str(model), str(tmp_path / "heads"), tmp_path / "copy") == copy
+
+
+def test_prompts_have_their_length_and_differ():
+    from bench_widths import fill_prompts
+
+    blocks, last = [list(range(10 * i, 10 * i + 7)) for i in range(5)], [[901, 902], [903]]
+    prompts = fill_prompts(blocks, last, 60, 6, seed=3)
+    assert [len(prompt) for prompt in prompts] == [60] * 6
+    assert prompts[0][-2:] == last[0] and prompts[3][-1:] == last[1]
+    assert len({tuple(prompt[:7]) for prompt in prompts}) > 1
+    assert len({tuple(prompt[:-2]) for prompt in prompts}) == 6
+    assert prompts == fill_prompts(blocks, last, 60, 6, seed=3)
+
+
+def test_forced_lookup_goes_on_learning():
+    from forced_nodes import ForcedLookup
+
+    class Chosen(list):
+        def look_again(self, context):
+            self.append(context)
+
+    chosen = Chosen([0, 3])
+    forced = ForcedLookup(chosen, 7)
+    forced.look_again(11.0)
+    assert [forced[size] for size in range(len(forced))] == [7, 7, 7] and chosen[-1] == 11.0
+
+
+def test_percentile():
+    from bench_latency import percentile
+
+    assert percentile(list(range(1, 11)), 0.9) == 9
+    assert percentile([5.0], 0.9) == 5.0
+
+
+def spread(value: float) -> dict[str, float]:
+    """Of one measurement."""
+    return {"median": value, "min": value, "max": value}
+
+
+def compared(side: str, level: int, speed: float, parted: list) -> dict:
+    """A cell of compare.py."""
+    agreement = {"identical": 1, "first_turns_compared": 2, "first_divergences": parted}
+    return {
+        "key": {"side": side, "concurrency": level}, "git_sha": "abc", "agreement": agreement,
+        "speedup": spread(speed), "tokens_per_s": spread(9.0), "tokens_per_step": 1.5,
+        "step_ms": spread(2.0), "plain_step_ms": spread(1.0),
+    }  # fmt: skip
+
+
+def section(name: str, record: dict, folder: Path, monkeypatch) -> str:
+    """README's section of a record."""
+    import report_comparisons
+    import report_tables
+
+    monkeypatch.setattr(report_tables, "ROOT", folder)
+    path = folder / "record.json"
+    common = {"provenance": PROVENANCE, "label": "L", "max_tokens": 8, "rounds": 1}
+    path.write_text(json.dumps(common | record))
+    return getattr(report_comparisons, name)(path)
+
+
+def test_who_wins_where(tmp_path, monkeypatch):
+    from compare import winners
+
+    failed = {"key": {"side": "suffix", "concurrency": None}, "git_sha": "abc", "failed": "absent"}
+    cells = [compared("tree", 1, 2.0, []), compared("ngram", 1, 1.1, [{"position": 4}]),
+             compared("tree", 8, 0.9, []), failed]  # fmt: skip
+    assert winners(cells) == [
+        "1 at once: tree wins (tree 2.00, ngram 1.10; plain 1)",
+        "8 at once: plain wins (tree 0.90; plain 1)",
+    ]
+    text = section("compare_section", {"order": "o", "cells": cells}, tmp_path, monkeypatch)
+    assert "| 1 | tree | 9.0 | **2.00 (2.00-2.00)** | 1.50 | 2.00 (1.00) | 1 of 2 | - |" in text
+    assert "| 1 | ngram | 9.0 | 1.10 (1.10-1.10) | 1.50 | 2.00 (1.00) | 1 of 2 | 4 |" in text
+    assert "| 8 | tree | 9.0 | 0.90" in text and "Not measured: suffix: absent." in text
+
+
+def test_table_of_widths(tmp_path, monkeypatch):
+    widths = {"adaptive": 19.0, "0": 10.0, "7": 20.0}
+    cell = {
+        "key": {"concurrency": 2, "context": 512}, "git_sha": None,
+        "widths": {name: {"tokens_per_s": spread(value)} for name, value in widths.items()},
+        "chosen": [{"nodes": 7, "share": 0.5}, {"nodes": 7, "share": 0.5}],
+        "adaptive_over_best_fixed": 0.95,
+    }  # fmt: skip
+    record = {"nodes": [0, 7, 63], "cells": [cell]}
+    text = section("widths_section", record, tmp_path, monkeypatch)
+    assert "| context | requests at once | 0 nodes | 7 nodes | 63 nodes | adaptive |" in text
+    assert "| 512 | 2 | 10 | 20 | - | 19 | 7 | 0.95 |" in text
+
+
+def test_table_of_first_tokens(tmp_path, monkeypatch):
+    from bench_latency import summarise
+
+    runs = [
+        {"seconds": 2.0, "answers": [{"first_token_seconds": t, "token_ids": [1] * 4}]}
+        for t in (0.010, 0.030)
+    ]
+    sides = {"stock": summarise(runs), "medusa": summarise(runs[:1])}
+    cell = {"key": {"concurrency": 1}, "git_sha": "abc", "sides": sides,
+            "rate_over_first_side": {"medusa": spread(1.25)}}  # fmt: skip
+    record = {"sides": list(sides), "cells": [cell]}
+    text = section("latency_section", record, tmp_path, monkeypatch)
+    assert "| 1 | stock | 20.0 | 30.0 | 2.0 | 1 |" in text
+    assert "| 1 | medusa | 10.0 | 10.0 | 2.0 | 1.25 (1.25-1.25) |" in text
+
+
+def test_roofline(tmp_path, monkeypatch):
+    from roofline import points, step_work
+
+    sizes = {
+        "weight_bytes": 2e9, "product_weights": 1e9, "draft_bytes": 1e9,
+        "cache_bytes_per_token": 1000, "flops_per_row_and_key": 100,
+        "steps": [[1, 1, 9, 0.002], [4, 1, 6, 0.002], [4, 2, 6, 0.008]],
+    }  # fmt: skip
+    assert step_work(sizes, 1, 1, 9) == (2e9 + 10_000, 2e9 + 1000)
+    assert step_work(sizes, 4, 2, 6) == (3e9 + 20_000, 8 * (2e9 + 1000))
+    found = points(sizes, bandwidth=2.0, tflops=4.0)
+    assert [point["bound"] for point in found] == ["bytes", "products", "products"]
+    assert found[0]["floor_ms"] == pytest.approx(1.0, rel=1e-4)
+    assert found[2]["floor_ms"] == pytest.approx(4.0, rel=1e-4)
+    assert found[2]["tflops"] == pytest.approx(2.0, rel=1e-4)
+    record = {"bandwidth": 2.0, "tflops": 4.0, "points": [p | {"context": 6} for p in found]}
+    text = section("roofline_section", record, tmp_path, monkeypatch)
+    assert "| 0 | 2.00 (50%) | - |" in text and "| 3 | 2.00 (100%) | 8.00 (50%) |" in text
