@@ -23,6 +23,7 @@ _LAUNCHERS = {
     "KVCompactor": "kv_compaction",
     "compact_kv": "kv_compaction",
     "draft_tree": "draft",
+    "lookup_chain": "lookup",
     "scatter_tree": "scatter",
     "top_tokens": "draft_tokens",
     "tree_attention": "attention",

@@ -6,6 +6,7 @@ import torch
 
 from .checks import MAX_TREE_ROWS, at_least, check_tensor, require
 from .draft_workspace import GROUP, MAX_TOP, DraftWorkspace, num_chunks, num_groups
+from .lookup_types import MAX_MATCH, POSITION_BITS, Chains, LookupWorkspace
 from .tree_types import Candidates, FixedTree, TreeTables
 
 # Groups of one row that the merging program holds at once: 4096 of them are 524,288 tokens.
@@ -85,6 +86,7 @@ def check_best_tree(
     slots: torch.Tensor,
     candidates: Candidates,
     fixed: FixedTree,
+    chains: Chains | None,
     scratch: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``best_tree`` documents."""
@@ -116,9 +118,49 @@ def check_best_tree(
         check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
     _check_contiguous("candidates.columns", candidates.columns, [depth, found], int32, device)
     _check_contiguous("candidates.ancestors", candidates.ancestors, [depth, found], int32, device)
+    if chains is not None:
+        _check_chains(chains, slots.shape[0], found, device)
     if scratch is not None:
         shape = [at_least(slots.shape[0] * nodes)]
         check_tensor("scratch", scratch, shape=shape, dtype=int32, device=device)
+
+
+def _check_chains(
+    chains: Chains, num_reqs: int, num_candidates: int, device: torch.device
+) -> None:
+    shape = [at_least(num_reqs), None]
+    _check_contiguous("chains.tokens", chains.tokens, shape, torch.int64, device)
+    length, most = chains.tokens.shape[1], MAX_CANDIDATES - num_candidates
+    require(1 <= length <= most, "chains.tokens", f"{length} tokens", f"1..{most} tokens")
+    shape = [at_least(num_reqs)]
+    check_tensor("chains.matches", chains.matches, shape=shape, dtype=torch.int32, device=device)
+    shape = [MAX_MATCH + 1, length]
+    _check_contiguous("chains.costs", chains.costs, shape, torch.float32, device)
+
+
+def check_lookup(
+    chain: torch.Tensor,
+    matches: torch.Tensor,
+    history: torch.Tensor,
+    lengths: torch.Tensor,
+    slots: torch.Tensor,
+    workspace: LookupWorkspace | None,
+) -> None:
+    """Raise ValueError unless the arguments are what ``lookup_chain`` documents."""
+    device, int32 = chain.device, torch.int32
+    check_tensor("slots", slots, shape=[None], dtype=(torch.int64, int32), device=device)
+    reqs = at_least(slots.shape[0])
+    _check_contiguous("chain", chain, [reqs, None], torch.int64, device)
+    length, most = chain.shape[1], MAX_CHOSEN_NODES
+    require(1 <= length <= most, "chain", f"{length} tokens", f"1..{most} tokens")
+    check_tensor("matches", matches, shape=[reqs], dtype=int32, device=device)
+    check_tensor("history", history, shape=[None, None], dtype=int32, device=device)
+    longest, most = history.shape[1], 2**POSITION_BITS - 1
+    require(1 <= longest <= most, "history", f"{longest} tokens", f"1..{most} tokens")
+    shape = [history.shape[0]]
+    check_tensor("lengths", lengths, shape=shape, dtype=int32, device=device)
+    for name, tensor in zip(("keys", "counters"), workspace or (), strict=False):
+        check_tensor(f"workspace.{name}", tensor, shape=[reqs], dtype=int32, device=device)
 
 
 def _check_logits(

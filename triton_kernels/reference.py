@@ -15,6 +15,7 @@ from .checks import check_compact_kv, check_scatter_tree, require
 from .kv_layout import WORDS, group_layers
 from .reference_attention import add_tree_attention, tree_attention
 from .reference_draft import best_tree, draft_tree, top_tokens
+from .reference_lookup import lookup_chain
 from .reference_walk import path_rows, tree_walk
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "best_tree",
     "compact_kv",
     "draft_tree",
+    "lookup_chain",
     "path_rows",
     "scatter_tree",
     "top_tokens",

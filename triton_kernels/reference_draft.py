@@ -6,6 +6,7 @@ import torch
 
 from .checks_draft import check_best_tree, check_draft_tree, check_top_tokens
 from .draft_workspace import DraftWorkspace
+from .lookup_types import Chains
 from .tree_types import Candidates, FixedTree, TreeTables
 
 
@@ -85,48 +86,119 @@ def best_tree(
     candidates: Candidates,
     fixed: FixedTree,
     *,
+    chains: Chains | None = None,
     scratch: torch.Tensor | None = None,
 ) -> None:
     """Twin of :func:`vllm_medusa.triton_kernels.tree_choice.best_tree`; needs no scratch."""
-    check_best_tree(out, tables, tokens, log_probs, slots, candidates, fixed, scratch)
+    check_best_tree(out, tables, tokens, log_probs, slots, candidates, fixed, chains, scratch)
     num_reqs, num_nodes = slots.shape[0], out.shape[1]
     if num_reqs == 0:
         return
     slots = slots.long()
-    order = best_candidates(log_probs[:num_reqs].flatten(1), candidates.columns, num_nodes)
+    flat_tokens = tokens[:num_reqs].flatten(1)
+    costs = candidate_costs(log_probs[:num_reqs].flatten(1), candidates.columns)
+    if chains is not None:
+        costs, candidates, flat_tokens = with_chains(costs, candidates, flat_tokens, chains)
+    order = costs.sort(dim=1, stable=True).indices[:, :num_nodes]
     # Candidate -> row of the tree, 0 where it is not in it.
-    rows = order.new_zeros(num_reqs, candidates.columns.shape[1])
+    rows = order.new_zeros(costs.shape)
     rows.scatter_(1, order, torch.arange(1, num_nodes + 1, device=order.device).expand_as(order))
     columns, parents, depths = (torch.zeros_like(order) for _ in range(3))
     masks, above = torch.ones_like(order), torch.zeros_like(order)
     for level_columns, level_ancestors in zip(*candidates, strict=True):
-        ancestors = level_ancestors[order].long()
+        ancestors = level_ancestors.expand_as(costs).gather(1, order).long()
         is_there = ancestors >= 0
         own_rows = rows.gather(1, ancestors.clamp(min=0))
         masks = torch.where(is_there, masks | (1 << own_rows), masks)
         parents = torch.where(is_there, above, parents)
         depths += is_there
-        columns = torch.where(is_there, level_columns[order].long(), columns)
+        level_columns = level_columns.expand_as(costs).gather(1, order).long()
+        columns = torch.where(is_there, level_columns, columns)
         above = own_rows
     is_fixed = ((slots < 0) | (fixed.slots[slots.clamp(min=0)] != 0))[:, None]
     columns = torch.where(is_fixed, fixed.columns.long(), columns)
-    out[:num_reqs] = tokens[:num_reqs].flatten(1).gather(1, columns)
+    out[:num_reqs] = flat_tokens.gather(1, columns)
     is_request = slots >= 0
     for table, own, other in zip(tables, (parents, depths, masks), fixed[2:], strict=True):
         chosen = torch.where(is_fixed, other[1:], own.to(table.dtype))
         table[slots[is_request], 1:] = chosen[is_request]
 
 
-def best_candidates(
+def candidate_costs(
     log_probs: torch.Tensor,  # [R, K * T] float32
     columns: torch.Tensor,  # [K, U] int32, -1 beyond a candidate's depth
-    num_nodes: int,
 ) -> torch.Tensor:
-    """Likeliest candidates, best first, the lower one among equals: [R, num_nodes] int64."""
+    """Negative log probability of every candidate: [R, U] float32."""
     infinite = float("inf")
     cost = (-log_probs).nan_to_num(nan=infinite, posinf=infinite, neginf=-infinite).clamp(min=0.0)
     costs = cost.new_zeros(cost.shape[0], columns.shape[1])
     # From the root on, so that no rounding makes a child cheaper than its parent.
     for level in columns.long():
         costs += torch.where(level >= 0, cost[:, level.clamp(min=0)], 0.0)
-    return costs.sort(dim=1, stable=True).indices[:, :num_nodes]
+    return costs
+
+
+def with_chains(
+    costs: torch.Tensor,  # [R, U] float32
+    candidates: Candidates,
+    tokens: torch.Tensor,  # [R, K * T] int64
+    chains: Chains,
+) -> tuple[torch.Tensor, Candidates, torch.Tensor]:
+    """Every request's own candidates: the heads', then what its chain adds to them.
+
+    Returns
+    -------
+    costs : torch.Tensor, [R, U + L] float32
+        Infinite, and never chosen, where the heads have the chain's node too.
+    candidates : Candidates
+        ``[R, U + L]`` in place of each depth's ``[U]``, for max(K, L) depths.
+    tokens : torch.Tensor, [R, K * T + L] int64
+    """
+    (num_reqs, num_paths), (_, length) = costs.shape, chains.tokens.shape
+    device, num_columns = costs.device, tokens.shape[1]
+    num_levels = max(len(candidates.columns), length)
+    columns, ancestors = (
+        torch.full((num_levels, num_reqs, num_paths + length), -1, device=device) for _ in range(2)
+    )
+    for target, source in ((columns, candidates.columns), (ancestors, candidates.ancestors)):
+        target[: len(source), :, :num_paths] = source[:, None].long()
+    merged = torch.cat([costs, costs.new_full((num_reqs, length), float("inf"))], 1)
+    for r in range(num_reqs):
+        match, chain = int(chains.matches[r]), chains.tokens[r]
+        line: list[int] = []  # depth - 1 -> candidate on the chain
+        own = num_columns + torch.arange(length, device=device)
+        for depth in range(1, length + 1):
+            spelt = None
+            if match and depth <= len(candidates.columns) and len(line) == depth - 1:
+                spelt = _spelt(candidates, tokens[r], chain, line, depth)
+            if spelt is None:
+                break
+            line.append(spelt)
+            merged[r, spelt] = min(merged[r, spelt], chains.costs[match, depth - 1])
+        shared = len(line)
+        line += range(num_paths + shared, num_paths + length)
+        for depth in range(shared + 1, length + 1):
+            place = num_paths + depth - 1
+            merged[r, place] = chains.costs[match, depth - 1]
+            ancestors[:depth, r, place] = torch.tensor(line[:depth], device=device)
+            # Columns of its ancestors are not asked for.
+            columns[:depth, r, place] = own[depth - 1]
+    return merged, Candidates(columns, ancestors), torch.cat([tokens, chains.tokens[:num_reqs]], 1)
+
+
+def _spelt(
+    candidates: Candidates,
+    tokens: torch.Tensor,  # [K * T] int64
+    chain: torch.Tensor,  # [L] int64
+    line: list[int],
+    depth: int,
+) -> int | None:
+    """The heads' candidate that is the chain's node of this depth, below those of ``line``."""
+    columns, ancestors = candidates
+    is_last = ancestors[depth:].amax(0) < 0 if depth < len(ancestors) else True
+    fits = (ancestors[depth - 1] >= 0) & is_last
+    if line:
+        fits &= ancestors[depth - 2] == line[-1]
+    fits &= tokens[columns[depth - 1].clamp(min=0).long()] == chain[depth - 1]
+    found = fits.nonzero().flatten().tolist()
+    return found[0] if found else None

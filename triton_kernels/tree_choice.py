@@ -8,12 +8,65 @@ import triton.language as tl
 
 from .checks import check_runnable
 from .checks_draft import check_best_tree
+from .lookup_types import Chains
 from .selection import ranks_of, smallest
 from .tree_types import Candidates, FixedTree, TreeTables
 
 _NUM_WARPS = 8
 
 _NEVER: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # above the bits of every cost
+
+
+@triton.jit
+def _spelt(
+    row_tokens,  # [K * T] int64, tokens of the heads' ranks
+    row_chain,  # [LENGTH] int64
+    columns,  # [DEPTH, num_candidates] int32
+    candidates,
+    num_candidates,
+    match,
+    DEPTH: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """Which candidates are the chain's own first tokens, and how deep every candidate is.
+
+    Heads score distinct tokens, so at most one candidate of a depth is; and its parent is too.
+    Places behind the heads' candidates are the chain's.
+    """
+    is_path = (candidates >= 0) & (candidates < num_candidates)
+    is_spelt = is_path & (candidates < tl.where(match > 0, num_candidates, 0))
+    depths = tl.where(candidates >= num_candidates, candidates - num_candidates + 1, 0)
+    for level in tl.static_range(DEPTH):
+        column = tl.load(columns + level * num_candidates + candidates, mask=is_path, other=-1)
+        token = tl.load(row_tokens + column, mask=column >= 0, other=-1)
+        wanted = tl.load(row_chain + level) if level < LENGTH else tl.full([], -2, tl.int64)
+        is_spelt = is_spelt & ((column < 0) | (token == wanted))
+        depths += (column >= 0).to(tl.int32)
+    return is_spelt, depths
+
+
+@triton.jit
+def _merged_costs(
+    costs,  # bits, of the heads' candidates
+    is_spelt,
+    depths,
+    candidates,
+    num_candidates,
+    shared,  # depth to which the heads have the chain too
+    row_costs,  # [LENGTH] float32
+    LENGTH: tl.constexpr,
+):
+    """Bits of all costs, and what is on the chain.
+
+    A node that both have is one node, at the lower price.  It is the heads'; the chain's own
+    begin below it.
+    """
+    is_link = (candidates >= num_candidates + shared) & (candidates < num_candidates + LENGTH)
+    is_on_chain = is_link | is_spelt
+    cost = tl.load(row_costs + depths - 1, mask=is_on_chain, other=0.0)
+    bits = cost.to(tl.int32, bitcast=True).to(tl.uint32)
+    costs = tl.where(is_link, bits, tl.where(is_spelt, tl.minimum(costs, bits), costs))
+    return costs, is_on_chain
 
 
 @triton.jit
@@ -55,12 +108,16 @@ def _best_tree_kernel(
     fixed_parents,  # in [W] int32
     fixed_depths,  # in [W] int32
     fixed_masks,  # in [W] int64
+    chain_tokens,  # in [R, LENGTH] int64, or None
+    chain_matches,  # in [R] int32, or None
+    chain_costs,  # in [matches, LENGTH] float32, or None
     out_stride,
     parents_stride,
     depths_stride,
     masks_stride,
     num_candidates,
     DEPTH: tl.constexpr,
+    LENGTH: tl.constexpr,  # of the chains, 0 without them
     NUM_COLUMNS: tl.constexpr,
     NUM_NODES: tl.constexpr,
     PADDED_NODES: tl.constexpr,
@@ -73,6 +130,7 @@ def _best_tree_kernel(
     is_fixed = tl.load(fixed_slots + slot, mask=is_request, other=1)
     nodes = tl.arange(0, PADDED_NODES)
     is_node = nodes < NUM_NODES
+    link_place = tl.full([PADDED_NODES], -1, tl.int32)
     if is_fixed != 0:
         row = nodes + 1
         column = tl.load(fixed_columns + nodes, mask=is_node, other=0)
@@ -85,20 +143,42 @@ def _best_tree_kernel(
         costs = _path_costs(
             row_log_probs, columns, everyone, everyone < num_candidates, num_candidates, DEPTH
         )
+        if LENGTH > 0:
+            row_tokens, row_chain = tokens + req * NUM_COLUMNS, chain_tokens + req * LENGTH
+            match = tl.load(chain_matches + req)
+            row_costs = chain_costs + match * LENGTH
+            is_spelt, all_depths = _spelt(
+                row_tokens, row_chain, columns, everyone, num_candidates, match, DEPTH, LENGTH
+            )
+            shared = tl.max(tl.where(is_spelt, all_depths, 0), 0)
+            costs, _ = _merged_costs(
+                costs, is_spelt, all_depths, everyone, num_candidates, shared, row_costs, LENGTH
+            )
         chosen = smallest(
             costs, scratch + req * NUM_NODES, NUM_NODES, PADDED_CANDIDATES, PADDED_NODES
         )
         # Their places by cost; chosen is in ascending order, which settles equal costs.
-        costs = _path_costs(row_log_probs, columns, chosen, is_node, num_candidates, DEPTH)
+        is_path = is_node & (chosen < num_candidates)
+        costs = _path_costs(row_log_probs, columns, chosen, is_path, num_candidates, DEPTH)
+        is_on_chain = tl.zeros([PADDED_NODES], tl.int1)
+        chosen_depths = tl.zeros([PADDED_NODES], tl.int32)
+        if LENGTH > 0:
+            is_spelt, chosen_depths = _spelt(
+                row_tokens, row_chain, columns, chosen, num_candidates, match, DEPTH, LENGTH
+            )
+            costs, is_on_chain = _merged_costs(
+                costs, is_spelt, chosen_depths, chosen, num_candidates, shared, row_costs, LENGTH
+            )
         row = ranks_of(costs, PADDED_NODES) + 1
         column = tl.zeros([PADDED_NODES], tl.int32)
         parent = tl.zeros([PADDED_NODES], tl.int32)
         depth = tl.zeros([PADDED_NODES], tl.int32)
         mask = tl.full([PADDED_NODES], 1, tl.int64)
         above = tl.zeros([PADDED_NODES], tl.int32)
+        bits = tl.full([PADDED_NODES], 1, tl.int64) << row.to(tl.int64)
         for level in tl.static_range(DEPTH):
             place = level * num_candidates + chosen
-            ancestor = tl.load(ancestors + place, mask=is_node, other=-1)
+            ancestor = tl.load(ancestors + place, mask=is_path, other=-1)
             is_there = ancestor >= 0
             is_it = (ancestor[:, None] == chosen[None, :]) & is_there[:, None]
             ancestor_row = tl.sum(tl.where(is_it, row[None, :], 0), 1)
@@ -109,7 +189,22 @@ def _best_tree_kernel(
             own_column = tl.load(columns + place, mask=is_there, other=0)
             column = tl.where(is_there, own_column, column)
             above = ancestor_row
+        if LENGTH > 0:
+            # Links follow whatever is on the chain above them, the heads' part first.
+            is_link = is_on_chain & (chosen >= num_candidates)
+            depth = tl.where(is_link, chosen_depths, depth)
+            link_place = tl.where(is_link, chosen_depths - 1, link_place)
+            is_above = (is_link[:, None] & is_on_chain[None, :]) & (
+                chosen_depths[None, :] <= chosen_depths[:, None]
+            )
+            mask += tl.sum(tl.where(is_above, bits[None, :], 0), 1)
+            is_parent = is_above & (chosen_depths[None, :] == chosen_depths[:, None] - 1)
+            parent += tl.sum(tl.where(is_parent, row[None, :], 0), 1)
     token = tl.load(tokens + req * NUM_COLUMNS + column, mask=is_node, other=0)
+    if LENGTH > 0:
+        is_link = link_place >= 0
+        link = tl.load(chain_tokens + req * LENGTH + link_place, mask=is_link, other=0)
+        token = tl.where(is_link, link, token)
     tl.store(out + req * out_stride + row - 1, token, mask=is_node)
     # Row 0 is the root of every tree and stays as it is.
     is_written = nodes < tl.where(is_request, NUM_NODES, 0)
@@ -127,6 +222,7 @@ def best_tree(
     candidates: Candidates,
     fixed: FixedTree,
     *,
+    chains: Chains | None = None,
     scratch: torch.Tensor | None = None,
 ) -> None:
     """Give every request the tree of its N likeliest nodes, likeliest first.
@@ -157,6 +253,9 @@ def best_tree(
         or beside it, the tree is the best one of all.
     fixed : FixedTree
         Tree of the slots that it names.
+    chains : Chains, optional
+        A path of each request beside the heads', by ``lookup_chain``: its nodes compete with the
+        heads' at their own costs, and where both have a node it stands once, at the lower cost.
     scratch : torch.Tensor, optional
         ``[>= R * N]`` int32; allocated when missing.
 
@@ -166,7 +265,9 @@ def best_tree(
     ``(0, 0)`` at -0.8 and ``(0, 1)`` at -1.0, that is parents ``-1 0 1 1``; node ``(1)`` at -2.4
     would be the fourth.
     """
-    check_best_tree(out, tables, tokens, log_probs, slots, candidates, fixed, scratch)
+    check_best_tree(
+        out, tables, tokens, log_probs, slots, candidates, fixed, chains, scratch
+    )
     check_runnable("log_probs", log_probs, _best_tree_kernel)
     num_reqs, num_nodes = slots.shape[0], out.shape[1]
     if num_reqs == 0:
@@ -174,10 +275,12 @@ def best_tree(
     if scratch is None:
         scratch = torch.empty(num_reqs * num_nodes, dtype=torch.int32, device=out.device)
     depth, num_candidates = candidates.columns.shape
+    length = 0 if chains is None else chains.tokens.shape[1]
     _best_tree_kernel[(num_reqs,)](
         out, *tables, scratch, tokens, log_probs, slots, *candidates, *fixed,
+        *(chains or (None, None, None)),
         out.stride(0), *(table.stride(0) for table in tables), num_candidates,
-        DEPTH=depth, NUM_COLUMNS=tokens.shape[1] * tokens.shape[2], NUM_NODES=num_nodes,
-        PADDED_NODES=triton.next_power_of_2(num_nodes),
-        PADDED_CANDIDATES=triton.next_power_of_2(num_candidates), num_warps=_NUM_WARPS,
+        DEPTH=depth, LENGTH=length, NUM_COLUMNS=tokens.shape[1] * tokens.shape[2],
+        NUM_NODES=num_nodes, PADDED_NODES=triton.next_power_of_2(num_nodes),
+        PADDED_CANDIDATES=triton.next_power_of_2(num_candidates + length), num_warps=_NUM_WARPS,
     )  # fmt: skip

@@ -8,18 +8,23 @@ import torch
 from vllm_medusa import triton_kernels as gpu_kernels
 from vllm_medusa.triton_kernels import reference
 from vllm_medusa.triton_kernels.draft_workspace import DraftWorkspace
+from vllm_medusa.triton_kernels.lookup_types import MAX_MATCH, Chains, LookupWorkspace
 from vllm_medusa.triton_kernels.tree_types import Candidates, FixedTree, TreeTables
 from vllm_medusa.triton_kernels.walk_types import RequestState, WalkOutput
 
 __all__ = [
+    "MAX_MATCH",
     "Candidates",
+    "Chains",
     "DraftWorkspace",
     "FixedTree",
+    "LookupWorkspace",
     "RequestState",
     "TreeTables",
     "WalkOutput",
     "best_tree",
     "draft_tree",
+    "lookup_chain",
     "scatter_tree",
     "top_tokens",
     "tree_walk",
@@ -48,6 +53,11 @@ def top_tokens(tokens: torch.Tensor, *args, **kwargs) -> None:
 def best_tree(out: torch.Tensor, *args, **kwargs) -> None:
     """Likeliest nodes of every request as its tree; arguments as in the kernel's launcher."""
     _implementation(out).best_tree(out, *args, **kwargs)
+
+
+def lookup_chain(chain: torch.Tensor, *args, **kwargs) -> None:
+    """What followed a request's newest tokens before; arguments as in the kernel's launcher."""
+    _implementation(chain).lookup_chain(chain, *args, **kwargs)
 
 
 def scatter_tree(positions: torch.Tensor, *args) -> None:

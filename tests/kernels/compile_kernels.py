@@ -22,7 +22,9 @@ from vllm_medusa.triton_kernels import (
     attention_kernels,
     draft,
     kv_compaction,
+    lookup,
     scatter,
+    tree_choice,
     walk,
 )
 
@@ -63,6 +65,15 @@ WALK = dict.fromkeys(LONG, "*i64") | dict.fromkeys(SHORT, "*i32")
 WALK |= {"out_hidden": "*bf16", "hidden_states": "*bf16"}
 DRAFT = {"out": "*i64", "counters": "*i32", "maxima": "*i32", "logits": "*bf16",
          "node_columns": "*i64"}  # fmt: skip
+CHOICE = dict.fromkeys(("out", "masks", "tokens", "slots", "fixed_masks", "chain_tokens"), "*i64")
+CHOICE |= dict.fromkeys(("log_probs", "chain_costs"), "*fp32")
+CHOICE |= dict.fromkeys(
+    ("parents", "depths", "scratch", "columns", "ancestors", "fixed_slots", "fixed_columns",
+     "fixed_parents", "fixed_depths", "chain_matches"), "*i32")  # fmt: skip
+CHOSEN = {"DEPTH": 4, "LENGTH": 0, "NUM_COLUMNS": 128, "NUM_NODES": 63, "PADDED_NODES": 64,
+          "PADDED_CANDIDATES": 1024}  # fmt: skip
+LOOKUP = {"chain": "*i64", "slots": "*i64"}
+LOOKUP |= dict.fromkeys(("matches", "keys", "counters", "history", "lengths"), "*i32")
 
 
 def walk_rows(rows: int) -> dict[str, Any]:
@@ -97,6 +108,21 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
         {"token_map": None, "NUM_HEADS": 5, "NUM_NODES": 63, "NUM_TOP": 10, "GROUP": 128,
          "GROUPS_PER_PROGRAM": 32, "PADDED_NODES": 64, "PADDED_TOP": 16, "PADDED_GROUPS": 256},
         4,
+    ),
+    "chosen tree": (
+        tree_choice._best_tree_kernel, CHOICE,
+        CHOSEN | dict.fromkeys(("chain_tokens", "chain_matches", "chain_costs")), 8,
+    ),
+    "chosen tree with chains": (
+        tree_choice._best_tree_kernel, CHOICE, CHOSEN | {"LENGTH": 16}, 8
+    ),
+    "lookup": (
+        lookup._lookup_kernel, LOOKUP,
+        {"LENGTH": 16, "PADDED_LENGTH": 16, "NUM_PROGRAMS": 8, "MAX_MATCH": 8, "BLOCK": 1024}, 4,
+    ),
+    "lookup by one program": (
+        lookup._lookup_kernel, LOOKUP,
+        {"LENGTH": 5, "PADDED_LENGTH": 8, "NUM_PROGRAMS": 1, "MAX_MATCH": 8, "BLOCK": 1024}, 4,
     ),
 }  # fmt: skip
 

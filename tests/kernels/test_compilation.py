@@ -44,6 +44,10 @@ def results(tmp_path_factory) -> dict[str, str | None]:
         "walk",
         "walk, two words",
         "draft",
+        "chosen tree",
+        "chosen tree with chains",
+        "lookup",
+        "lookup by one program",
     ],
 )
 def test_kernel_compiles(results, variant):
@@ -51,4 +55,4 @@ def test_kernel_compiles(results, variant):
 
 
 def test_every_variant_is_looked_at(results):
-    assert len(results) == 11
+    assert len(results) == 15
