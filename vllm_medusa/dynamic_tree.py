@@ -5,7 +5,8 @@ little more, see :mod:`vllm_medusa.tree_candidates`).  The best tree of n
 nodes is then the n likeliest paths, which two launches find inside the step's CUDA graph: one
 takes every head's best tokens with their log probabilities, one chooses among the paths that
 can be in such a tree at all and writes the tree into the tables of the request's slot, where
-the next step's masks, positions and walk read it.
+the next step's masks, positions and walk read it.  A third adds what the request's own history
+proposes (see :mod:`vllm_medusa.prompt_lookup`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vllm_medusa.kernels import (
     best_tree,
     top_tokens,
 )
+from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.tree_candidates import (
     candidate_paths,
@@ -40,6 +42,8 @@ class DynamicDrafter:
         Heads that draft, at least as many as that tree is deep.
     vocab_size : int
         Tokens that a head scores.
+    lookup : PromptLookup, optional
+        Proposes one more path of every request.
 
     Raises
     ------
@@ -47,7 +51,14 @@ class DynamicDrafter:
         When so few heads and tokens do not fill a tree of that many nodes.
     """
 
-    def __init__(self, tree_batch: TreeBatch, num_heads: int, vocab_size: int):
+    def __init__(
+        self,
+        tree_batch: TreeBatch,
+        num_heads: int,
+        vocab_size: int,
+        lookup: PromptLookup | None = None,
+    ):
+        self.lookup = lookup
         tree, device = tree_batch.tree, tree_batch.device
         max_num_reqs = tree_batch.parents.shape[0]
         ranks = head_ranks(tree.num_nodes, num_heads, vocab_size)
@@ -103,5 +114,6 @@ class DynamicDrafter:
             slots,
             self.candidates,
             self.fixed,
+            chains=None if self.lookup is None else self.lookup.find(slots),
             scratch=self.scratch,
         )

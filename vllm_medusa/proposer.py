@@ -20,6 +20,7 @@ from vllm_medusa.draft_vocabulary import cut_lm_head
 from vllm_medusa.dynamic_tree import DynamicDrafter
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.kernels import DraftWorkspace, draft_tree
+from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.rank_agreement import on_every_rank
 from vllm_medusa.sequential_draft import SequentialDrafter
 from vllm_medusa.sharded_draft import ShardedDraft, shard_heads
@@ -51,11 +52,12 @@ class MedusaProposer(DraftModelSpeculator):
         vllm_config: VllmConfig,
         device: torch.device,
         tree_batch: TreeBatch,
-        last_sampled: torch.Tensor,  # by request slot
+        req_states: Any,  # vllm.v1.worker.gpu.states.RequestState
     ):
         super().__init__(vllm_config, device)
         self.tree_batch = tree_batch
-        self.last_sampled = last_sampled
+        self.req_states = req_states
+        self.last_sampled = req_states.last_sampled_tokens
         self.drafter: SequentialDrafter | DynamicDrafter | None = None
         self.workspace: DraftWorkspace | None = None
         self.sharded: ShardedDraft | None = None
@@ -119,12 +121,22 @@ class MedusaProposer(DraftModelSpeculator):
         if spec.sequential:
             self.drafter = SequentialDrafter(self.model, self.tree_batch.tree)
         elif self.speculative_config.dynamic_tree:
-            self.drafter = DynamicDrafter(self.tree_batch, self.num_heads, spec.output_size)
+            self.drafter = DynamicDrafter(
+                self.tree_batch, self.num_heads, spec.output_size, self.make_lookup()
+            )
         elif self.sharded is not None:
             self.sharded.allocate(self.max_num_reqs, self.num_top)
         else:
             rows = self.max_num_reqs * self.num_heads
             self.workspace = DraftWorkspace.allocate(rows, spec.output_size, self.device)
+
+    def make_lookup(self) -> PromptLookup | None:
+        """What searches the requests' histories, if that was asked for."""
+        length = self.speculative_config.prompt_lookup
+        if length == 0:
+            return None
+        states = self.req_states
+        return PromptLookup(states.all_token_ids.gpu, states.total_len.gpu, length)
 
     def use_base_logits(self, compute_logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Score with the base's lm_head where the target's carries LoRA adapters.

@@ -41,7 +41,7 @@ class TreeRunnerMixin:
         self.rank_check: RankCheck | None = None
 
         def make_proposer(config: Any, target: torch.device, req_states: Any) -> MedusaProposer:
-            return MedusaProposer(config, target, self.tree_batch, req_states.last_sampled_tokens)
+            return MedusaProposer(config, target, self.tree_batch, req_states)
 
         with vllm_seams.speculator_factory(make_proposer):
             super().__init__(vllm_config, device)

@@ -44,8 +44,8 @@ class TreeSchedulerMixin:
         # The same where requests choose their trees, which may be chains: at most this deep.
         self._chosen_depths = self._depth_of_nodes
         if self._speculative_config.dynamic_tree:
-            heads = self._speculative_config.num_medusa_heads
-            self._chosen_depths = [min(n, heads) for n in range(tree.num_rows)]
+            deepest = self._speculative_config.deepest_path
+            self._chosen_depths = [min(n, deepest) for n in range(tree.num_rows)]
         self._max_depth = max(self._depth_of_nodes[-1], self._chosen_depths[-1])
         self._budget = self._read_budget(vllm_config)
         self._steps_to_look = 0

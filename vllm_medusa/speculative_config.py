@@ -57,6 +57,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     """Whose tree attention runs on a GPU."""
     dynamic_tree: bool = False
     """Whether requests choose a tree at every step; ``tree_paths`` is for those that cannot."""
+    prompt_lookup: int = 0
+    """Tokens of its history that a request proposes for the tree that it chooses; 0: none."""
     num_medusa_heads: int = 0
     """Heads that a tree can reach (the depth of a static one), never more than the file holds."""
     acceptance: str = ACCEPTANCE_RULES[0]
@@ -92,6 +94,11 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     def token_tree(self) -> TokenTree:
         """The tree as an object (rebuilt on access; configs travel between processes)."""
         return TokenTree.from_paths(self.tree_paths)
+
+    @property
+    def deepest_path(self) -> int:
+        """Most tokens of a path that a tree can hold, the root's not counted."""
+        return max(self.num_medusa_heads, self.prompt_lookup)
 
     def row_counts(self, max_num_seqs: int) -> tuple[int, ...]:
         """Rows (root + nodes) that a decode query can have at any batch size, ascending."""
@@ -191,6 +198,7 @@ def create_medusa_config(
         num_speculative_tokens_per_batch_size=schedule,
         attention=options.attention,
         dynamic_tree=options.dynamic_tree,
+        prompt_lookup=options.lookup_length,
         num_medusa_heads=used_heads,
         acceptance=options.acceptance,
         typical_epsilon=epsilon,

@@ -231,7 +231,7 @@ def install_config_gates(is_medusa: Callable[[Any], bool]) -> None:
     def make_prom_init(original: Callable) -> Callable:
         def prom_init(self, speculative_config, *args, **kwargs):
             if is_medusa(speculative_config):
-                depth = speculative_config.num_medusa_heads
+                depth = speculative_config.deepest_path
                 speculative_config = SimpleNamespace(num_speculative_tokens=depth)
             original(self, speculative_config, *args, **kwargs)
 

@@ -26,6 +26,7 @@ SCHEDULE = [[1, 2, 30], [3, 6, 12], [7, 12, 5], [13, 20, 1], [21, 999, 0]]
 CUT_BY_BATCH = {"num_speculative_tokens": 30, "num_speculative_tokens_per_batch_size": SCHEDULE}
 # Ancestor masks of two words.
 WIDE_TREE = {"tree": [4, 4, 5], "num_speculative_tokens": 100}
+NUM_HEADS = 3
 WIDE = {"max_num_seqs": 32, "enable_prefix_caching": True}
 
 
@@ -83,9 +84,10 @@ def plain_v2(tiny, run_job, seeded_batches) -> dict:
         ({"tree": [[0], [0, 0], [0, 0, 0]]}, WIDE, 3),
         ({"tree": [[0]]}, WIDE, 3),
         ({"tree": "dynamic", "num_speculative_tokens": 63}, TIGHT, 3),
+        ({"tree": "dynamic", "num_speculative_tokens": 63, "prompt_lookup": 0}, TIGHT, 3),
     ],
     ids=["default", "63 nodes, preempted and chunked", "cut by batch size", "100 nodes", "widths",
-         "chain", "one node", "chosen trees, preempted and chunked"],
+         "chain", "one node", "chosen trees, preempted and chunked", "chosen from heads only"],
 )  # fmt: skip
 def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, extra, limits, num_batches):
     engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, **extra)}
@@ -100,7 +102,11 @@ def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, extra, lim
         assert counters["vllm:prefix_cache_hits"] > 0
         assert result["mixed_steps"] > 20
     assert result["runner"].endswith("MedusaCPUModelRunner")
-    assert (result["distinct_trees"] > 1) == (extra.get("tree") == "dynamic")
+    chooses = extra.get("tree") == "dynamic"
+    assert (result["distinct_trees"] > 1) == chooses
+    # Paths that only the history can have proposed: deeper than there are heads.
+    deep = counters["vllm:spec_decode_num_accepted_tokens_per_pos"][NUM_HEADS:]
+    assert bool(sum(deep)) == (chooses and extra.get("prompt_lookup") != 0)
 
 
 @pytest.mark.parametrize("limits", [WIDE, TIGHT], ids=["wide", "tight"])

@@ -95,9 +95,9 @@ class Scheduler(TreeSchedulerMixin, VllmScheduler):
     """The mixin without vLLM's own scheduler."""
 
 
-def scheduler(dynamic: bool) -> Scheduler:
+def scheduler(dynamic: bool, lookup: int = 0) -> Scheduler:
     config = SimpleNamespace(
-        token_tree=START_UP, dynamic_tree=dynamic, num_medusa_heads=4, node_frequencies=()
+        token_tree=START_UP, dynamic_tree=dynamic, deepest_path=max(4, lookup), node_frequencies=()
     )
     return Scheduler(SimpleNamespace(speculative_config=config))
 
@@ -115,6 +115,12 @@ def test_statistics_count_the_depth_that_so_many_nodes_can_have(dynamic, request
         stats = scheduler(dynamic).make_spec_decoding_stats(None, nodes, 1, None, request_id)
         assert stats.num_draft_tokens == depth
         assert len(stats.num_accepted_tokens_per_pos) == (4 if dynamic else 2)
+
+
+def test_statistics_count_what_the_history_may_propose():
+    stats = scheduler(True, lookup=16).make_spec_decoding_stats(None, 5, 5, None, "free")
+    assert stats.num_draft_tokens == 5
+    assert list(stats.num_accepted_tokens_per_pos) == [1] * 5
 
 
 def refusal(spec: HeadSpec, tree: TokenTree = START_UP, ranks: int = 1, stages: int = 1) -> str:
