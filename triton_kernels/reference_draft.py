@@ -154,51 +154,36 @@ def with_chains(
         ``[R, U + L]`` in place of each depth's ``[U]``, for max(K, L) depths.
     tokens : torch.Tensor, [R, K * T + L] int64
     """
-    (num_reqs, num_paths), (_, length) = costs.shape, chains.tokens.shape
-    device, num_columns = costs.device, tokens.shape[1]
-    num_levels = max(len(candidates.columns), length)
-    columns, ancestors = (
-        torch.full((num_levels, num_reqs, num_paths + length), -1, device=device) for _ in range(2)
-    )
-    for target, source in ((columns, candidates.columns), (ancestors, candidates.ancestors)):
-        target[: len(source), :, :num_paths] = source[:, None].long()
-    merged = torch.cat([costs, costs.new_full((num_reqs, length), float("inf"))], 1)
-    for r in range(num_reqs):
-        match, chain = int(chains.matches[r]), chains.tokens[r]
-        line: list[int] = []  # depth - 1 -> candidate on the chain
-        own = num_columns + torch.arange(length, device=device)
-        for depth in range(1, length + 1):
-            spelt = None
-            if match and depth <= len(candidates.columns) and len(line) == depth - 1:
-                spelt = _spelt(candidates, tokens[r], chain, line, depth)
-            if spelt is None:
-                break
-            line.append(spelt)
-            merged[r, spelt] = min(merged[r, spelt], chains.costs[match, depth - 1])
-        shared = len(line)
-        line += range(num_paths + shared, num_paths + length)
-        for depth in range(shared + 1, length + 1):
-            place = num_paths + depth - 1
-            merged[r, place] = chains.costs[match, depth - 1]
-            ancestors[:depth, r, place] = torch.tensor(line[:depth], device=device)
-            # Columns of its ancestors are not asked for.
-            columns[:depth, r, place] = own[depth - 1]
-    return merged, Candidates(columns, ancestors), torch.cat([tokens, chains.tokens[:num_reqs]], 1)
-
-
-def _spelt(
-    candidates: Candidates,
-    tokens: torch.Tensor,  # [K * T] int64
-    chain: torch.Tensor,  # [L] int64
-    line: list[int],
-    depth: int,
-) -> int | None:
-    """The heads' candidate that is the chain's node of this depth, below those of ``line``."""
-    columns, ancestors = candidates
-    is_last = ancestors[depth:].amax(0) < 0 if depth < len(ancestors) else True
-    fits = (ancestors[depth - 1] >= 0) & is_last
-    if line:
-        fits &= ancestors[depth - 2] == line[-1]
-    fits &= tokens[columns[depth - 1].clamp(min=0).long()] == chain[depth - 1]
-    found = fits.nonzero().flatten().tolist()
-    return found[0] if found else None
+    (num_reqs, num_paths), length = costs.shape, chains.tokens.shape[1]
+    num_columns, num_heads = tokens.shape[1], len(candidates.columns)
+    heads, steps = candidates.columns.long(), torch.arange(length, device=costs.device)
+    chain, matches = chains.tokens[:num_reqs], chains.matches[:num_reqs].long()
+    own_costs = chains.costs[matches]  # [R, L]
+    # Candidates that are the chain's own first tokens: one of every depth up to `shared`.
+    depths = (heads >= 0).sum(0)
+    is_spelt = (matches > 0)[:, None] & (depths <= length)
+    for level in range(min(num_heads, length)):
+        same = tokens[:, heads[level].clamp(min=0)] == chain[:, level, None]
+        is_spelt &= (heads[level] < 0) | same
+    spelt_depths = depths * is_spelt
+    shared = spelt_depths.amax(1, keepdim=True)
+    lower = torch.minimum(costs, own_costs[:, (depths - 1).clamp(max=length - 1)])
+    costs = torch.where(is_spelt, lower, costs)
+    own_costs = torch.where(steps >= shared, own_costs, float("inf"))
+    # Depth - 1 -> candidate on the chain: the heads' as far as they share it, then its own.
+    line = (num_paths + steps).expand(num_reqs, -1).clone()
+    for level in range(min(num_heads, length)):
+        place = (spelt_depths == level + 1).int().argmax(1)
+        line[:, level] = torch.where(shared[:, 0] > level, place, line[:, level])
+    num_levels = max(num_heads, length)
+    shape = (num_levels, num_reqs, num_paths + length)
+    columns, ancestors = (torch.full(shape, -1, device=costs.device) for _ in range(2))
+    for target, source in ((columns, heads), (ancestors, candidates.ancestors.long())):
+        target[:num_heads, :, :num_paths] = source[:, None]
+    is_above = steps[:, None] <= steps  # depth of an ancestor, depth of a link
+    # Columns of a link's ancestors are not asked for.
+    columns[:length, :, num_paths:] = torch.where(is_above, num_columns + steps, -1)[:, None]
+    above = torch.where(is_above[:, None], line.T[:, :, None], -1)
+    ancestors[:length, :, num_paths:] = above
+    merged = torch.cat([costs, own_costs], 1)
+    return merged, Candidates(columns, ancestors), torch.cat([tokens, chain], 1)
