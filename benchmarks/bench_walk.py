@@ -7,8 +7,9 @@ CUDA graph of the three launches that a served step makes: tree_walk (path, toke
 hidden row, request state), draft_tree (top tokens of every head into their nodes) and scatter_tree
 (positions and masks).  The peer does the same with PyTorch's operators, loops over requests
 written as tensor operations so that it fits a graph too.  `chosen` is the draft of a tree that is
-chosen at every step: `top` (top tokens with log probabilities) and `tree` (the likeliest nodes) in
-one graph, in place of `draft`.  The kernels' results are compared with the twins' before they are
+chosen at every step: `top` (top tokens with log probabilities), `lookup` (what followed the newest
+tokens before, in a history that repeats itself) and `tree` (the likeliest nodes of both) in one
+graph, in place of `draft`.  The kernels' results are compared with the twins' before they are
 timed.
 """
 
@@ -22,6 +23,8 @@ import torch
 from records import write_record
 from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
 
+from vllm_medusa.config import DEFAULT_LOOKUP
+from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.tree_candidates import candidate_paths, candidate_tables, head_ranks, head_weights
 from vllm_medusa.triton_kernels import (
     best_tree,
@@ -32,6 +35,7 @@ from vllm_medusa.triton_kernels import (
     tree_walk,
 )
 from vllm_medusa.triton_kernels.draft_workspace import DraftWorkspace
+from vllm_medusa.triton_kernels.lookup_types import Chains
 from vllm_medusa.triton_kernels.tree_types import Candidates, FixedTree, TreeTables
 from vllm_medusa.triton_kernels.walk_types import RequestState, WalkOutput
 
@@ -40,7 +44,7 @@ ROWS = 64
 MAX_LEN = 8192
 CONTEXT = 1000
 NUM_TOP = 10
-NAMES = ("walk", "draft", "scatter", "all", "top", "tree", "chosen")
+NAMES = ("walk", "draft", "scatter", "all", "top", "lookup", "tree", "chosen")
 BANDWIDTH = 3.0e12  # bytes/s, an H100's measured rate
 
 
@@ -110,6 +114,14 @@ class ChosenTrees:
         self.drafts = torch.zeros_like(step.drafts)
         self.scratch = torch.zeros(step.drafts.numel(), dtype=torch.int32, device=DEVICE)
         self.slots, self.logits, self.workspace = step.slots, step.logits, step.workspace
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        history = torch.randint(
+            shape.vocab, (shape.batch, MAX_LEN), generator=generator, device=DEVICE,
+            dtype=torch.int32,
+        )  # fmt: skip
+        history[:, CONTEXT - 8 : CONTEXT] = history[:, 100:108]
+        lengths = torch.full((shape.batch,), CONTEXT, dtype=torch.int32, device=DEVICE)
+        self.history = PromptLookup(history, lengths, DEFAULT_LOOKUP)
 
     def top(self) -> None:
         top_tokens(
@@ -120,11 +132,18 @@ class ChosenTrees:
     def tree_inputs(self) -> tuple:
         return self.tokens, self.log_probs, self.slots, self.candidates, self.fixed
 
+    def lookup(self) -> None:
+        self.history.find(self.slots)
+
     def tree(self) -> None:
-        best_tree(self.drafts, self.tables, *self.tree_inputs(), scratch=self.scratch)
+        best_tree(
+            self.drafts, self.tables, *self.tree_inputs(), chains=self.history.chains,
+            scratch=self.scratch,
+        )  # fmt: skip
 
     def draft(self) -> None:
         self.top()
+        self.lookup()
         self.tree()
 
     def is_correct(self) -> bool:
@@ -136,8 +155,15 @@ class ChosenTrees:
         tables = TreeTables(*(table.clone() for table in self.tables))
         for table in tables:
             table[:, 1:] = -1
-        reference.best_tree(drafts, tables, *self.tree_inputs())
-        pairs = [(self.tokens, tokens), (self.drafts, drafts)]
+        found = self.history.chains
+        chains = Chains(
+            torch.empty_like(found.tokens), torch.empty_like(found.matches), found.costs
+        )
+        reference.lookup_chain(
+            chains.tokens, chains.matches, self.history.history, self.history.lengths, self.slots
+        )
+        reference.best_tree(drafts, tables, *self.tree_inputs(), chains=chains)
+        pairs = [(self.tokens, tokens), (self.drafts, drafts), *zip(found, chains, strict=True)]
         pairs += zip(self.tables, tables, strict=True)
         close = torch.allclose(self.log_probs, log_probs, rtol=1e-5, atol=1e-5)
         return close and all(torch.equal(a, b) for a, b in pairs)
@@ -226,7 +252,7 @@ def kernels(step: Step) -> dict[str, Callable[[], None]]:
     chosen = step.chosen
     return {
         "walk": walk, "draft": draft, "scatter": scatter, "all": everything,
-        "top": chosen.top, "tree": chosen.tree, "chosen": chosen.draft,
+        "top": chosen.top, "lookup": chosen.lookup, "tree": chosen.tree, "chosen": chosen.draft,
     }  # fmt: skip
 
 
