@@ -121,7 +121,7 @@ class ChosenTrees:
         )  # fmt: skip
         history[:, CONTEXT - 8 : CONTEXT] = history[:, 100:108]
         lengths = torch.full((shape.batch,), CONTEXT, dtype=torch.int32, device=DEVICE)
-        self.history = PromptLookup(history, lengths, DEFAULT_LOOKUP)
+        self.history = PromptLookup(history, lengths, DEFAULT_LOOKUP, shape.vocab)
 
     def top(self) -> None:
         top_tokens(
@@ -160,8 +160,9 @@ class ChosenTrees:
             torch.empty_like(found.tokens), torch.empty_like(found.matches), found.costs
         )
         reference.lookup_chain(
-            chains.tokens, chains.matches, self.history.history, self.history.lengths, self.slots
-        )
+            chains.tokens, chains.matches, self.history.history, self.history.lengths, self.slots,
+            vocab_size=self.history.vocab_size,
+        )  # fmt: skip
         reference.best_tree(drafts, tables, *self.tree_inputs(), chains=chains)
         pairs = [(self.tokens, tokens), (self.drafts, drafts), *zip(found, chains, strict=True)]
         pairs += zip(self.tables, tables, strict=True)

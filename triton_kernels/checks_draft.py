@@ -144,6 +144,7 @@ def check_lookup(
     history: torch.Tensor,
     lengths: torch.Tensor,
     slots: torch.Tensor,
+    vocab_size: int,
     workspace: LookupWorkspace | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``lookup_chain`` documents."""
@@ -159,6 +160,7 @@ def check_lookup(
     require(1 <= longest <= most, "history", f"{longest} tokens", f"1..{most} tokens")
     shape = [history.shape[0]]
     check_tensor("lengths", lengths, shape=shape, dtype=int32, device=device)
+    require(vocab_size >= 1, "vocab_size", vocab_size, "at least 1")
     for name, tensor in zip(("keys", "counters"), workspace or (), strict=False):
         check_tensor(f"workspace.{name}", tensor, shape=[reqs], dtype=int32, device=device)
 

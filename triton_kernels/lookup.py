@@ -67,6 +67,7 @@ def _lookup_kernel(
     lengths,  # in [S] int32
     slots,  # in [R] int64, negative: no request
     history_stride,
+    vocab_size,
     LENGTH: tl.constexpr,
     PADDED_LENGTH: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
@@ -95,6 +96,10 @@ def _lookup_kernel(
     steps = tl.arange(0, PADDED_LENGTH)
     is_found = steps < tl.where(match > 0, LENGTH, 0)
     tokens = tl.load(row + first + steps % period, mask=is_found, other=-1)
+    is_known = (tokens >= 0) & (tokens < vocab_size)
+    is_whole = tl.sum(is_known.to(tl.int32), 0) == LENGTH
+    match = tl.where(is_whole, match, 0)
+    tokens = tl.where(is_whole, tokens, -1)
     tl.store(chain + req.to(tl.int64) * LENGTH + steps, tokens.to(tl.int64), mask=steps < LENGTH)
     tl.store(matches + req, match)
 
@@ -106,6 +111,7 @@ def lookup_chain(
     lengths: torch.Tensor,
     slots: torch.Tensor,
     *,
+    vocab_size: int,
     workspace: LookupWorkspace | None = None,
 ) -> None:
     """What followed the longest earlier occurrence of every request's newest tokens.
@@ -127,6 +133,9 @@ def lookup_chain(
         ``[S]`` int32. Tokens of it that are there.
     slots : torch.Tensor
         ``[R]`` int64 or int32. Batch row -> request slot; negative: no request, no match.
+    vocab_size : int
+        A continuation that holds anything but 0 .. vocab_size - 1 (what stands for an image, for
+        one) counts as no match.
     workspace : LookupWorkspace, optional
         Serves any number of calls, one after another; allocated when missing.
 
@@ -134,7 +143,7 @@ def lookup_chain(
     --------
     History ``5 6 7 8 5 6``, L = 3: ``5 6`` came before, so the chain is ``7 8 5``, n = 2.
     """
-    check_lookup(chain, matches, history, lengths, slots, workspace)
+    check_lookup(chain, matches, history, lengths, slots, vocab_size, workspace)
     check_runnable("lengths", lengths, _lookup_kernel)
     num_reqs, length = slots.shape[0], chain.shape[1]
     if num_reqs == 0:
@@ -142,7 +151,7 @@ def lookup_chain(
     workspace = workspace or LookupWorkspace.allocate(num_reqs, chain.device)
     num_programs = min(_MAX_PROGRAMS, triton.next_power_of_2(-(-history.shape[1] // _BLOCK)))
     _lookup_kernel[(num_reqs * num_programs,)](
-        chain, matches, *workspace, history, lengths, slots, history.stride(0),
+        chain, matches, *workspace, history, lengths, slots, history.stride(0), vocab_size,
         LENGTH=length, PADDED_LENGTH=triton.next_power_of_2(length),
         NUM_PROGRAMS=num_programs, MAX_MATCH=MAX_MATCH, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
     )  # fmt: skip

@@ -15,17 +15,20 @@ def lookup_chain(
     lengths: torch.Tensor,  # [S] int32
     slots: torch.Tensor,  # [R]
     *,
+    vocab_size: int,
     workspace: LookupWorkspace | None = None,
 ) -> None:
     """Twin of :func:`vllm_medusa.triton_kernels.lookup.lookup_chain`; needs no workspace."""
-    check_lookup(chain, matches, history, lengths, slots, workspace)
+    check_lookup(chain, matches, history, lengths, slots, vocab_size, workspace)
     steps = torch.arange(chain.shape[1], device=chain.device)
     for r, slot in enumerate(slots.tolist()):
         tokens = history[slot, : int(lengths[slot])] if slot >= 0 else history[0, :0]
         match, first = longest_match(tokens)
-        matches[r], chain[r] = match, -1
+        matches[r], chain[r] = 0, -1
         if match:
-            chain[r] = tokens[first + steps % (len(tokens) - first)]
+            found = tokens[first + steps % (len(tokens) - first)]
+            if bool(((found >= 0) & (found < vocab_size)).all()):
+                matches[r], chain[r] = match, found
 
 
 def longest_match(tokens: torch.Tensor) -> tuple[int, int]:

@@ -158,6 +158,11 @@ SUPPORTED: tuple[Supported, ...] = (
         "processors keep the start-up tree",
         "tests/integration/test_requests.py::test_chosen_trees_beside_the_start_up_tree[free]",
     ),
+    Supported(
+        "prompt lookup in such trees (prompt_lookup)",
+        WORKS,
+        f"{_IDENTITY}::test_greedy_equals_stock_v1_runner[chosen trees, preempted and chunked]",
+    ),
     Supported("logprobs", WORKS, f"{_IDENTITY}::test_logprobs_are_those_of_the_accepted_rows"),
     Supported(
         "logprobs of named tokens (logprob_token_ids)",

@@ -50,10 +50,14 @@ class PromptLookup:
         ``[max_num_reqs]`` int32, how many of them there are.
     length : int
         Tokens of a continuation.
+    vocab_size : int
+        Ids that the target embeds; a history may hold others in the place of images.
     """
 
-    def __init__(self, history: torch.Tensor, lengths: torch.Tensor, length: int):
-        self.history, self.lengths = history, lengths
+    def __init__(
+        self, history: torch.Tensor, lengths: torch.Tensor, length: int, vocab_size: int
+    ):
+        self.history, self.lengths, self.vocab_size = history, lengths, vocab_size
         device, num_reqs = lengths.device, lengths.shape[0]
         self.chains = Chains(
             torch.full((num_reqs, length), -1, dtype=torch.int64, device=device),
@@ -70,6 +74,7 @@ class PromptLookup:
             self.history,
             self.lengths,
             slots,
+            vocab_size=self.vocab_size,
             workspace=self.workspace,
         )
         return self.chains

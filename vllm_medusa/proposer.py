@@ -135,8 +135,8 @@ class MedusaProposer(DraftModelSpeculator):
         length = self.speculative_config.prompt_lookup
         if length == 0:
             return None
-        states = self.req_states
-        return PromptLookup(states.all_token_ids.gpu, states.total_len.gpu, length)
+        states, vocab_size = self.req_states, self.vllm_config.model_config.get_vocab_size()
+        return PromptLookup(states.all_token_ids.gpu, states.total_len.gpu, length, vocab_size)
 
     def use_base_logits(self, compute_logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Score with the base's lm_head where the target's carries LoRA adapters.

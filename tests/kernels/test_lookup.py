@@ -30,7 +30,7 @@ def searched(tokens, length):
     return match, chain
 
 
-def arguments(histories, length, device, *, max_len=None, slots=None):
+def arguments(histories, length, device, *, max_len=None, slots=None, vocab_size=10**6):
     """By default request r lives in slot 2 r + 1 of a table full of a token that all hold."""
     num_slots = 2 * len(histories) + 2
     slots = [2 * r + 1 for r in range(len(histories))] if slots is None else slots
@@ -48,6 +48,7 @@ def arguments(histories, length, device, *, max_len=None, slots=None):
         "history": table.to(device),
         "lengths": lengths.to(device),
         "slots": torch.tensor(slots, dtype=torch.int64, device=device),
+        "vocab_size": vocab_size,
     }
 
 
@@ -126,6 +127,17 @@ def test_padding_has_no_history(device):
     check([[1, 2, 1], [1, 2, 1], [2, 2]], 3, device, slots=[3, -1, 0])
 
 
+@pytest.mark.parametrize("bad", [-1, 30, 2**31 - 1])
+def test_what_the_target_cannot_embed_is_not_proposed(device, bad):
+    """Vocabulary 30: in the continuation it counts as no match, before it not at all."""
+    for look, where in ((lookup_chain, device), (reference.lookup_chain, "cpu")):
+        texts = [[1, 2, 3, bad, 4, 1, 2], [bad, 9, 2, 3, 4, 5, 1, 2], [1, 2, 29, 0, 1, 2]]
+        own = arguments(texts, 3, where, vocab_size=30)
+        look(**own)
+        assert own["matches"][:3].tolist() == [0, 1, 2]
+        assert own["chain"][:3].tolist() == [[-1] * 3, [3, 4, 5], [29, 0, 1]]
+
+
 def test_no_requests(device):
     check([], 3, device)
 
@@ -185,6 +197,7 @@ BAD_ARGUMENTS = [
     ("history", lambda t: t.long()),
     ("history", lambda t: t[0]),
     ("lengths", lambda t: t[1:]),
+    ("vocab_size", lambda _: 0),
     ("workspace.keys", lambda _: LookupWorkspace.allocate(1, torch.device("cpu"))),
 ]
 

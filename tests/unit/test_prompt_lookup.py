@@ -45,7 +45,7 @@ def test_a_request_goes_on_as_its_history_did():
     history[1, : len(line)] = history[0, : len(line)] = torch.tensor(line)
     history[3, :4] = torch.tensor([5, 6, 7, 8])
     lengths = torch.tensor([len(line), len(line), 0, 4], dtype=torch.int32)
-    lookup = PromptLookup(history, lengths, 16)
+    lookup = PromptLookup(history, lengths, 16, 40)
     drafter = DynamicDrafter(batch, num_heads=3, vocab_size=40, lookup=lookup)
     out = torch.zeros(3, 5, dtype=torch.int64)
     drafter.draft(out, torch.zeros(3, 3, 40), torch.tensor([1, 3, 0]), None)
