@@ -14,7 +14,7 @@ import traceback
 from typing import Any
 from unittest import mock
 
-import psutil
+from vllm_medusa.training.child_process import end_process
 
 # Replaced on the command line by --start-timeout.
 START_TIMEOUT_S = 900
@@ -216,15 +216,6 @@ class EngineProcess:
         vLLM's engine core outlives its parent under Ray on GPUs, and with it the GPUs that its
         workers hold: the next engine waited for them for good.
         """
-        started: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            started = psutil.Process(self._process.pid).children(recursive=True)
         with contextlib.suppress(OSError):
             self._pipe.send(None)
-        self._process.join(30)
-        if self._process.is_alive():
-            self._process.kill()
-        _, left = psutil.wait_procs(started, timeout=5)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        end_process(self._process, 30)

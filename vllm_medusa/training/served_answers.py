@@ -9,7 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from vllm_medusa.training.child_process import end_process
 from vllm_medusa.training.prompt_files import Prompt
+
+# An engine that has answered ends within a second or two, or never.
+EXIT_S = 15
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ def serve_prompts(
         order = (engine_args, [asdict(prompt) for prompt in prompts], sampling, str(result))
         process = context.Process(target=_serve, args=order)
         process.start()
-        process.join()
+        while process.is_alive() and not result.exists():
+            process.join(0.2)
+        end_process(process, EXIT_S)
         if not result.exists():
             raise ValueError(
                 f"the engine's process ended with status {process.exitcode} before it answered; "
