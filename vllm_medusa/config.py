@@ -33,8 +33,9 @@ DYNAMIC_TREE = "dynamic"
 # What one 64-bit word a row holds; the kernel that chooses trees writes one.
 MAX_DYNAMIC_NODES = 63
 
-# Tokens of a request's history that compete for nodes there. Simulated on MT-Bench answers of
-# SmolLM2-135M, 63 nodes make 2.26 / 3.29 / 3.53 / 3.69 tokens a step with 0 / 6 / 10 / 16.
+# Tokens of a request's history that compete for nodes there. An estimate on the answers that its
+# prices come from (MT-Bench, SmolLM2-135M, which repeats itself a lot): 63 nodes make 2.26 / 3.29 /
+# 3.53 / 3.69 tokens a step with 0 / 6 / 10 / 16.
 DEFAULT_LOOKUP = 16
 
 # Who attends to verification rows on a GPU; the first is this project's kernel.

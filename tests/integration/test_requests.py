@@ -16,6 +16,8 @@ import pytest
 import tiny_tokenizer
 import traffic
 
+from vllm_medusa.config import DEFAULT_LOOKUP
+
 pytestmark = pytest.mark.vllm
 
 MAX_TOKENS = 48
@@ -333,8 +335,10 @@ def test_chosen_trees_are_cut_and_accepted_by_the_request_s_own_rule(results):
     assert tokens(chosen, "typical and exact")[:greedy] == expected[:greedy]
     assert tokens(chosen, "typical and exact") != expected
     for m in (request["metrics"] for request in chosen["requests"]["free"]):
-        assert m["num_spec_tokens"] == 3
-        assert m["num_accepted_draft_tokens"] <= m["num_draft_tokens"] <= 3 * m["num_spec_steps"]
+        # As deep as the history may propose, which is deeper than there are heads.
+        deepest, steps = m["num_spec_tokens"], m["num_spec_steps"]
+        assert deepest == DEFAULT_LOOKUP
+        assert m["num_accepted_draft_tokens"] <= m["num_draft_tokens"] <= deepest * steps
 
 
 @pytest.mark.parametrize("name", ["off", "budgets"])
