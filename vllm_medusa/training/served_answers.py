@@ -92,13 +92,25 @@ def _serve(
 def _run_engine(
     engine_args: dict[str, Any], prompts: list[Prompt], sampling: dict[str, Any]
 ) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     text = any(prompt.token_ids is None for prompt in prompts)
     speculates = "speculative_config" in engine_args
     metrics = {"per_request_spec_decode_metrics": "detailed"} if speculates else {}
     llm = LLM(**engine_args, skip_tokenizer_init=not text, **metrics)
-    chat = _chat_format(llm) if text else None
+    try:
+        chat = _chat_format(llm) if text else None
+        return _answer_all(llm, prompts, sampling, chat, speculates)
+    finally:
+        # The engine core would outlive this process, which waits for it at its end.
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _answer_all(
+    llm: Any, prompts: list[Prompt], sampling: dict[str, Any], chat: Any, speculates: bool
+) -> dict[str, Any]:
+    from vllm import SamplingParams
+
     params = SamplingParams(**sampling, detokenize=False)
     history: list[list[dict[str, str]]] = [[] for _ in prompts]
     answers: list[dict[str, Any]] = []
