@@ -12,11 +12,9 @@ import argparse
 import itertools
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-from bench_serving import QUESTIONS
-from cells import Cells, add_options
+from cells import Cells, add_options, record_head
 from compare import STOCK, WARM_UP_TOKENS, engine_arguments
 from engine_process import EngineProcess
 from records import spread
@@ -29,22 +27,10 @@ SIDES = ("stock", "plugin off", "medusa")
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser)
-    parser.add_argument("--model", required=True, help="target model directory")
-    parser.add_argument("--heads", required=True, help="Medusa heads")
-    parser.add_argument("--label", default=None, help="how tables name the model")
+    add_options(parser, max_tokens=96, rounds=3, concurrency=[1, 8, 32])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--questions", type=Path, default=QUESTIONS)
     parser.add_argument("--num-questions", type=int, default=24, help="thrice the level if more")
-    parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--enforce-eager", action="store_true", help="start fast, run slowly")
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--max-num-seqs", type=int, default=None)
-    parser.add_argument("--kv-cache-gb", type=float, default=None, help="of each engine")
     return parser.parse_args()
 
 
@@ -63,13 +49,12 @@ def percentile(values: list[float], share: float) -> float:
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """First-token times over all rounds, throughput by round."""
     firsts = [1e3 * a["first_token_seconds"] for run in runs for a in run["answers"]]
-    tokens = [sum(len(a["token_ids"]) for a in run["answers"]) for run in runs]
     return {
         "first_token_ms": {
             "median": statistics.median(firsts), "p90": percentile(firsts, 0.9),
             "max": max(firsts), "count": len(firsts),
         },
-        "tokens_per_s": spread([n / run["seconds"] for n, run in zip(tokens, runs, strict=True)]),
+        "tokens_per_s": spread([rate(run) for run in runs]),
     }  # fmt: skip
 
 
@@ -112,10 +97,8 @@ def main() -> None:
     common = engine_arguments(args)
     if args.kv_cache_gb is not None:
         common["gpu_memory_utilization"] = 0.8 / len(args.sides)
-    head = {
-        "benchmark": "latency", "model": Path(args.model).name, "heads": Path(args.heads).name,
-        "label": args.label or Path(args.model).name, "max_tokens": args.max_tokens,
-        "rounds": args.rounds, "sides": args.sides,
+    head = record_head(args, "latency") | {
+        "sides": args.sides,
         "engine_args": {k: v for k, v in common.items() if k != "model"},
     }  # fmt: skip
     cells = Cells(args.out, head, args.time_limit)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from records import write_record
+from variant_training import synchronise
 
 from vllm_medusa.training.base_model import default_device
 from vllm_medusa.training.config import TrainConfig
@@ -58,12 +59,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--answer-tokens", type=int, default=960)
     parser.add_argument("--device", default=None)
     return parser.parse_args()
-
-
-def synchronise(device: str) -> None:
-    """Wait for a GPU and let its peak memory count anew."""
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def measure(trainer: Any, step_tokens: float, seconds: float, device: str) -> dict[str, Any]:

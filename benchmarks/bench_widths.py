@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
-from pathlib import Path
 from typing import Any
 
-from bench_serving import QUESTIONS, tokens_per_second
-from cells import Cells, add_options
+from bench_serving import tokens_per_second
+from cells import Cells, add_options, record_head
 from compare import steps_of
-from engine_process import EngineProcess
+from engine_process import EngineProcess, benchmarks_on_path
 from records import spread
 
 from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
@@ -34,26 +32,13 @@ MOST_ROWS = 1024
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser)
-    parser.add_argument("--model", required=True, help="target model directory")
-    parser.add_argument("--heads", required=True, help="Medusa heads with a calibrated tree")
-    parser.add_argument("--label", default=None, help="how tables name the model")
+    levels = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    add_options(parser, max_tokens=96, rounds=2, concurrency=levels)
     parser.add_argument("--nodes", type=int, nargs="+", default=[0, 3, 7, 15, 31, 63])
-    parser.add_argument(
-        "--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256]
-    )
     parser.add_argument("--context", type=int, nargs="+", default=[512, 4096, 16384])
-    parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--requests", type=int, default=4, help="of a round; the level if more")
     parser.add_argument("--num-questions", type=int, default=80, help="whose answers fill prompts")
     parser.add_argument("--answer-tokens", type=int, default=256)
-    parser.add_argument("--questions", type=Path, default=QUESTIONS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--enforce-eager", action="store_true", help="start fast, run slowly")
-    parser.add_argument("--max-num-seqs", type=int, default=None)
-    parser.add_argument("--kv-cache-gb", type=float, default=None)
     parser.add_argument("--config", type=json.loads, default={}, help="more of speculative_config")
     return parser.parse_args()
 
@@ -156,20 +141,13 @@ def start(args: argparse.Namespace) -> EngineProcess:
         arguments["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 2**30)
     # A small model's positions end early; its text is then worse, the steps cost the same.
     environment = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    return EngineProcess("adaptive", arguments, environment)
+    return EngineProcess("adaptive", arguments, environment | benchmarks_on_path())
 
 
 def main() -> None:
     """Start the engine, measure cell by cell."""
     args = parse_args()
-    head = {
-        "benchmark": "widths", "model": Path(args.model).name, "heads": Path(args.heads).name,
-        "label": args.label or Path(args.model).name, "max_tokens": args.max_tokens,
-        "rounds": args.rounds, "nodes": args.nodes, "config": args.config,
-    }  # fmt: skip
+    head = record_head(args, "widths") | {"nodes": args.nodes, "config": args.config}
     cells = Cells(args.out, head, args.time_limit)
     keys = [{"concurrency": n, "context": c} for c in args.context for n in args.concurrency]
     todo = [key for key in keys if key not in cells]

@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench_serving import QUESTIONS
 from records import write_record
 
 from vllm_medusa.provenance import git_sha
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options that every benchmark of cells has."""
+def add_options(
+    parser: argparse.ArgumentParser, *, max_tokens: int, rounds: int, concurrency: list[int]
+) -> None:
+    """Options that every benchmark of cells has, with the defaults that differ."""
     parser.add_argument("--out", type=Path, required=True, help="JSON record to write or extend")
     parser.add_argument(
         "--time-limit",
@@ -23,6 +26,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="start nothing that would probably end later; the next call goes on",
     )
+    parser.add_argument("--model", required=True, help="target model directory")
+    parser.add_argument("--heads", required=True, help="Medusa heads")
+    parser.add_argument("--label", default=None, help="how tables name the model")
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--max-tokens", type=int, default=max_tokens)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=concurrency)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true", help="start fast, run slowly")
+    parser.add_argument("--max-num-seqs", type=int, default=None)
+    parser.add_argument("--kv-cache-gb", type=float, default=None, help="of each engine")
+
+
+def record_head(args: argparse.Namespace, benchmark: str) -> dict[str, Any]:
+    """What the options of :func:`add_options` say about all cells of a record."""
+    name = Path(args.model).name
+    return {
+        "benchmark": benchmark, "model": name, "heads": Path(args.heads).name,
+        "label": args.label or name, "max_tokens": args.max_tokens, "rounds": args.rounds,
+    }  # fmt: skip
 
 
 class Cells:

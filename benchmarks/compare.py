@@ -22,11 +22,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench_serving import QUESTIONS, acceptance, agreement, answer, tokens_per_second
-from cells import Cells, add_options
+from bench_serving import acceptance, agreement, answer, further_sides, tokens_per_second
+from cells import Cells, add_options, record_head
 from engine_process import EngineProcess
 from records import spread
+from safetensors import safe_open
 
+from vllm_medusa.checkpoint import load_heads
+from vllm_medusa.checkpoint_save import save_heads
+from vllm_medusa.head_weights import HeadWeights
 from vllm_medusa.training.prompt_files import Prompt, choose_prompts, read_prompts
 
 # vLLM as it is without this project; the second hides our stand-in for Triton's CPU backend.
@@ -40,10 +44,7 @@ WARM_UP_TOKENS = 24
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser)
-    parser.add_argument("--model", required=True, help="target model directory")
-    parser.add_argument("--heads", required=True, help="Medusa heads")
-    parser.add_argument("--label", default=None, help="how tables name the model")
+    add_options(parser, max_tokens=128, rounds=2, concurrency=[1, 8, 32])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument(
         "--side",
@@ -54,18 +55,22 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--draft-model", default=None, help="for the side `draft`")
     parser.add_argument("--draft-tokens", type=int, default=5, help="of ngram and draft sides")
-    parser.add_argument("--questions", type=Path, default=QUESTIONS)
     parser.add_argument("--num-questions", type=int, default=16, help="twice the level if more")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--enforce-eager", action="store_true", help="start fast, run slowly")
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--max-num-seqs", type=int, default=None)
-    parser.add_argument("--kv-cache-gb", type=float, default=None, help="of each engine")
     return parser.parse_args()
+
+
+def heads_of(model: str, heads: str) -> HeadWeights:
+    """Heads, checked against their target."""
+    target = target_config(model)
+    return load_heads(
+        heads, hidden_size=target["hidden_size"], vocab_size=target["vocab_size"], base_model=model
+    )
+
+
+def target_config(model: str) -> dict[str, Any]:
+    """``config.json`` of the target."""
+    return json.loads((Path(model) / "config.json").read_text())
 
 
 def heads_for_vllm(model: str, heads: str, folder: Path) -> Path:
@@ -73,17 +78,9 @@ def heads_for_vllm(model: str, heads: str, folder: Path) -> Path:
 
     Heads that share the target's lm_head are given a copy of it.
     """
-    from safetensors import safe_open
-
-    from vllm_medusa.checkpoint import load_heads
-    from vllm_medusa.checkpoint_save import save_heads
-
-    target = json.loads((Path(model) / "config.json").read_text())
-    weights = load_heads(
-        heads, hidden_size=target["hidden_size"], vocab_size=target["vocab_size"], base_model=model
-    )
+    weights = heads_of(model, heads)
     if not weights.spec.own_lm_head:
-        tied = target.get("tie_word_embeddings")
+        tied = target_config(model).get("tie_word_embeddings")
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
         for path in sorted(Path(model).glob("*.safetensors")):
             with safe_open(path, "pt") as file:
@@ -95,31 +92,24 @@ def heads_for_vllm(model: str, heads: str, folder: Path) -> Path:
     return folder
 
 
-def num_heads_of(args: argparse.Namespace) -> int:
-    """Heads in the file."""
-    from vllm_medusa.checkpoint import load_heads
-
-    size = json.loads((Path(args.model) / "config.json").read_text())
-    return load_heads(
-        args.heads, hidden_size=size["hidden_size"], vocab_size=size["vocab_size"]
-    ).spec.num_heads
-
-
 def contenders(args: argparse.Namespace) -> dict[str, tuple[Callable[[], dict], dict[str, str]]]:
     """Side -> (what makes its speculative_config, environment)."""
     ours = {"method": "medusa", "model": args.heads}
     drafts = {"num_speculative_tokens": args.draft_tokens}
     lookup = drafts | {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
+    def num_heads() -> int:
+        return heads_of(args.model, args.heads).spec.num_heads
+
     def chain() -> dict:
-        return ours | {"tree": [1] * num_heads_of(args)}
+        return ours | {"tree": [1] * num_heads()}
 
     def stock_medusa() -> dict:
         copy = heads_for_vllm(args.model, args.heads, args.out.with_suffix(".heads"))
         return {
             "method": "medusa",
             "model": str(copy),
-            "num_speculative_tokens": num_heads_of(args),
+            "num_speculative_tokens": num_heads(),
         }
 
     def suffix() -> dict:
@@ -143,11 +133,8 @@ def contenders(args: argparse.Namespace) -> dict[str, tuple[Callable[[], dict], 
         "draft": (draft, STOCK),
     }
     chosen = {name: known[name] for name in args.sides}
-    for text in args.side:
-        name, _, config = text.partition("=")
-        config = json.loads(config)
-        if config.get("model") == "HEADS":
-            config["model"] = args.heads
+    for name, extra in further_sides(args.side, args.heads).items():
+        config = extra["speculative_config"]
         own = config.get("method") == "medusa"
         chosen[name] = (functools.partial(dict, config), {} if own else STOCK)
     return chosen
@@ -291,10 +278,8 @@ def main() -> None:
     """Start plain vLLM, then one contender after the other; write every cell at once."""
     args = parse_args()
     common = engine_arguments(args)
-    head = {
-        "benchmark": "compare", "model": Path(args.model).name, "heads": Path(args.heads).name,
-        "label": args.label or Path(args.model).name, "max_tokens": args.max_tokens,
-        "rounds": args.rounds, "draft_tokens": args.draft_tokens,
+    head = record_head(args, "compare") | {
+        "draft_tokens": args.draft_tokens,
         "draft_model": args.draft_model and Path(args.draft_model).name,
         "engine_args": {k: v for k, v in common.items() if k != "model"},
         "order": "contenders one after the other, each taking turns with one stock plain engine "

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,12 @@ from vllm_medusa.training.child_process import end_process
 
 # Replaced on the command line by --start-timeout.
 START_TIMEOUT_S = 900
+
+
+def benchmarks_on_path() -> dict[str, str]:
+    """Environment of an engine whose workers import a ``worker_extension_cls`` from here."""
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(folders)}
 
 
 def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from engine_process import EngineProcess
+from engine_process import EngineProcess, benchmarks_on_path
 from records import write_record
 
 
@@ -117,8 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if args.kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 2**30)
-    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    engine = EngineProcess("steps", arguments, {"PYTHONPATH": os.pathsep.join(folders)})
+    engine = EngineProcess("steps", arguments, benchmarks_on_path())
     try:
         engine.wait_ready()
         sizes = engine.call_workers("measure_model")[0]

@@ -92,9 +92,7 @@ def cut_share(data: HiddenStateSet, share: float) -> HiddenStateSet:
     """The first conversations' rows, which is a random share: the split shuffled them."""
     if share >= 1:
         return data
-    last = max(1, round((len(data.offsets) - 1) * share))
-    rows = int(data.offsets[last])
-    return HiddenStateSet(data.hidden[:rows], data.labels[:rows], data.offsets[: last + 1])
+    return rows_of(data, 0, max(1, round((len(data.offsets) - 1) * share)))
 
 
 def test_answers(

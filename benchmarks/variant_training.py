@@ -20,7 +20,7 @@ from vllm_medusa.training.joint_config import JointConfig
 from vllm_medusa.training.joint_export import export_joint
 from vllm_medusa.training.joint_model import JointModel
 from vllm_medusa.training.joint_trainer import JointTrainer
-from vllm_medusa.training.loss import medusa_one_loss
+from vllm_medusa.training.loss import IGNORE, medusa_one_loss
 from vllm_medusa.training.new_heads import new_heads
 from vllm_medusa.training.path_tokens import path_embeddings
 from vllm_medusa.training.sequence_batches import SequenceData
@@ -55,7 +55,8 @@ def train_heads(
     trainer = MedusaOneTrainer(config, data, base.lm_head, heads=heads, embeddings=embeddings)
     trainer.train()
     synchronise(base.model.device)
-    config_path(directory, config)
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save(directory / CONFIG_FILE)
     export_heads(heads, directory, base.lm_head.shape[0], base.name)
     tokens = trainer.step * config.batch_tokens
     return heads, {
@@ -113,13 +114,6 @@ def _run_for(trainer: JointTrainer, seconds: float, device: torch.device) -> dic
     return {"seconds": round(time.monotonic() - started, 2), "first_step_seconds": round(each, 4)}
 
 
-def config_path(directory: Path, config: TrainConfig) -> Path:
-    """Write the settings beside the heads, as ``vllm-medusa train`` does."""
-    directory.mkdir(parents=True, exist_ok=True)
-    config.save(directory / CONFIG_FILE)
-    return directory / CONFIG_FILE
-
-
 def synchronise(device: torch.device | str) -> None:
     """Wait for a GPU."""
     if torch.device(device).type == "cuda":
@@ -142,7 +136,7 @@ def held_out_losses(
             path = path_embeddings(labels, count, base.embeddings).to(hidden.dtype)
         inputs = heads.loss_inputs(hidden, labels[:, 1 : count + 1], base.lm_head, path)
         _, means = medusa_one_loss(*inputs, head_weights=[1.0] * count)
-        seen = (inputs.labels != -100).sum(0)
+        seen = (inputs.labels != IGNORE).sum(0)
         totals += means * seen
         labels_seen += seen
     return [round(x, 4) for x in (totals / labels_seen.clamp(min=1)).tolist()]

@@ -161,7 +161,7 @@ def check_lookup(
     shape = [history.shape[0]]
     check_tensor("lengths", lengths, shape=shape, dtype=int32, device=device)
     require(vocab_size >= 1, "vocab_size", vocab_size, "at least 1")
-    for name, tensor in zip(("keys", "counters"), workspace or (), strict=False):
+    for name, tensor in ({} if workspace is None else workspace._asdict()).items():
         check_tensor(f"workspace.{name}", tensor, shape=[reqs], dtype=int32, device=device)
 
 

@@ -160,8 +160,6 @@ def _best_tree_kernel(
         # Their places by cost; chosen is in ascending order, which settles equal costs.
         is_path = is_node & (chosen < num_candidates)
         costs = _path_costs(row_log_probs, columns, chosen, is_path, num_candidates, DEPTH)
-        is_on_chain = tl.zeros([PADDED_NODES], tl.int1)
-        chosen_depths = tl.zeros([PADDED_NODES], tl.int32)
         if LENGTH > 0:
             is_spelt, chosen_depths = _spelt(
                 row_tokens, row_chain, columns, chosen, num_candidates, match, DEPTH, LENGTH
@@ -175,7 +173,6 @@ def _best_tree_kernel(
         depth = tl.zeros([PADDED_NODES], tl.int32)
         mask = tl.full([PADDED_NODES], 1, tl.int64)
         above = tl.zeros([PADDED_NODES], tl.int32)
-        bits = tl.full([PADDED_NODES], 1, tl.int64) << row.to(tl.int64)
         for level in tl.static_range(DEPTH):
             place = level * num_candidates + chosen
             ancestor = tl.load(ancestors + place, mask=is_path, other=-1)
@@ -197,6 +194,7 @@ def _best_tree_kernel(
             is_above = (is_link[:, None] & is_on_chain[None, :]) & (
                 chosen_depths[None, :] <= chosen_depths[:, None]
             )
+            bits = tl.full([PADDED_NODES], 1, tl.int64) << row.to(tl.int64)
             mask += tl.sum(tl.where(is_above, bits[None, :], 0), 1)
             is_parent = is_above & (chosen_depths[None, :] == chosen_depths[:, None] - 1)
             parent += tl.sum(tl.where(is_parent, row[None, :], 0), 1)

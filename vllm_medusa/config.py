@@ -186,11 +186,9 @@ def check_lookup(length: Any, dynamic_tree: bool) -> None:
     """Refuse a length of prompt lookup that is none, or that no tree would use."""
     if length is None:
         return
-    if isinstance(length, bool) or not isinstance(length, int):
-        is_length = False
-    else:
-        is_length = 0 <= length <= MAX_DYNAMIC_NODES
-    if not is_length:
+    # bool is an int to Python.
+    is_number = isinstance(length, int) and not isinstance(length, bool)
+    if not (is_number and 0 <= length <= MAX_DYNAMIC_NODES):
         raise ValueError(
             f"medusa: prompt_lookup={length!r} is how many tokens of its history a request may "
             f"propose and must be an integer from 0 (none) to {MAX_DYNAMIC_NODES}"

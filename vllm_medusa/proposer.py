@@ -57,7 +57,6 @@ class MedusaProposer(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.tree_batch = tree_batch
         self.req_states = req_states
-        self.last_sampled = req_states.last_sampled_tokens
         self.drafter: SequentialDrafter | DynamicDrafter | None = None
         self.workspace: DraftWorkspace | None = None
         self.sharded: ShardedDraft | None = None
@@ -205,7 +204,7 @@ class MedusaProposer(DraftModelSpeculator):
         if out is None:
             out = slots.new_empty(hidden.shape[0], self.node_columns.shape[0], dtype=torch.int64)
         if isinstance(self.drafter, SequentialDrafter):
-            roots = self.last_sampled.view(-1)[slots.clamp(min=0)].long()
+            roots = self.req_states.last_sampled_tokens.view(-1)[slots.clamp(min=0)].long()
             drafts = self.drafter.draft(hidden, roots, self.embed_tokens, self.compute_base_logits)
             return out.copy_(drafts)
         if self.sharded is not None:
