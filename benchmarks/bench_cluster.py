@@ -178,13 +178,18 @@ def measure(args: argparse.Namespace, parallel: str, side: str) -> tuple[dict, d
                 results.append(summarise(runs, level))
                 print(f"{parallel} {side} at {level}: "
                       f"{results[-1]['tokens_per_s']['median']:.1f} tok/s", flush=True)  # fmt: skip
-            # Last: a profiler that was on once may slow down what follows.
+            heads = engine.call_workers("medusa_head_bytes") if side == "medusa" else None
+            # Last: a profiler that was on once may slow down what follows, or end the engine (a
+            # pipeline stage of plain vLLM 0.32 died in it under Ray on H100s).
             for result in [] if args.no_profile else results:
                 level = result["concurrency"]
                 chats = [([{"role": "user", "content": q.turns[0]}], {}) for q in pool[:level]]
-                engine.profile(chats, sampling | {"max_tokens": 32}, level)
+                try:
+                    engine.profile(chats, sampling | {"max_tokens": 32}, level)
+                except RuntimeError as error:
+                    print(f"{parallel} {side}: no profile, {str(error)[-300:]}", flush=True)
+                    break
                 result["collectives"] = collective_share(Path(traces))
-            heads = engine.call_workers("medusa_head_bytes") if side == "medusa" else None
         finally:
             engine.close()
     return {"parallel": parallel, "side": side, "start_s": started, "head_bytes_by_rank": heads,

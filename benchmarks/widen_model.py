@@ -277,20 +277,30 @@ class Widening:
         Raises
         ------
         ValueError
-            Heads with lm_heads of their own, a vocabulary subset, or sequential ones.
+            Heads with lm_heads of their own or a vocabulary subset.
         """
         spec = small.spec
-        if spec.own_lm_head or spec.sequential or spec.vocab_subset_size is not None:
-            raise ValueError("only independent heads that share the model's lm_head are widened")
+        if spec.own_lm_head or spec.vocab_subset_size is not None:
+            raise ValueError("only heads that share the model's lm_head are widened")
         size, wide = spec.hidden_size, self.shape.hidden_size
         weight = torch.zeros(*small.weight.shape[:2], wide, wide, dtype=small.weight.dtype)
         weight[..., :size, :size] = small.weight
+        path_weight = None
+        if small.path_weight is not None:
+            path_weight = torch.zeros(
+                len(small.path_weight), wide, wide, dtype=small.path_weight.dtype
+            )
+            # Heads scale embeddings to a mean square of 1, over more dimensions here.
+            scaled = small.path_weight.float() * math.sqrt(self.share)
+            path_weight[:, :size, :size] = scaled.to(path_weight.dtype)
         bias = None
         if small.bias is not None:
             bias = torch.zeros(*small.bias.shape[:2], wide, dtype=small.bias.dtype)
             bias[..., :size] = small.bias
         spec = dataclasses.replace(spec, hidden_size=wide, vocab_size=self.shape.vocab_size)
-        return dataclasses.replace(small, spec=spec, weight=weight, bias=bias)
+        return dataclasses.replace(
+            small, spec=spec, weight=weight, bias=bias, path_weight=path_weight
+        )
 
 
 def read_tensors(model: Path) -> dict[str, torch.Tensor]:

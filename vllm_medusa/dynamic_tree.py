@@ -13,14 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_medusa.kernels import (
-    Candidates,
-    DraftWorkspace,
-    FixedTree,
-    TreeTables,
-    best_tree,
-    top_tokens,
-)
+from vllm_medusa.kernels import DraftWorkspace, top_tokens
 from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.tree_candidates import (
@@ -29,10 +22,11 @@ from vllm_medusa.tree_candidates import (
     head_ranks,
     head_weights,
 )
+from vllm_medusa.tree_chooser import TreeChooser
 
 
 class DynamicDrafter:
-    """Chooses and fills trees; all tables are built once, so ``draft`` copies nothing.
+    """Chooses and fills trees of independent heads.
 
     Parameters
     ----------
@@ -58,37 +52,22 @@ class DynamicDrafter:
         vocab_size: int,
         lookup: PromptLookup | None = None,
     ):
-        self.lookup = lookup
         tree, device = tree_batch.tree, tree_batch.device
         max_num_reqs = tree_batch.parents.shape[0]
         ranks = head_ranks(tree.num_nodes, num_heads, vocab_size)
         num_top = max(*ranks, tree.max_rank + 1)
         paths = candidate_paths(tree.num_nodes, ranks)
-        self.candidates = Candidates(
-            *(
-                torch.from_numpy(table).to(device)
-                for table in candidate_tables(paths, num_heads, num_top)
-            )
-        )
         node_columns = [
             (depth - 1) * num_top + rank
             for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)
         ]
-        self.tables = TreeTables(tree_batch.parents, tree_batch.depths, tree_batch.masks)
-        self.fixed = FixedTree(
-            tree_batch.fixed_slots,
-            torch.tensor(node_columns, dtype=torch.int32, device=device),
-            # Row 0 of any slot: no tree was chosen yet.
-            *(table[0].clone() for table in self.tables),
-        )
+        tables = candidate_tables(paths, num_heads, num_top)
+        self.chooser = TreeChooser(tree_batch, *tables, node_columns, lookup)
         self.weights = torch.tensor(head_weights(num_heads), device=device)
         self.workspace = DraftWorkspace.allocate(max_num_reqs * num_heads, vocab_size, device)
         shape = (max_num_reqs, num_heads, num_top)
         self.tokens = torch.empty(shape, dtype=torch.int64, device=device)
         self.log_probs = torch.empty(shape, dtype=torch.float32, device=device)
-        self.scratch = torch.empty(
-            max_num_reqs * tree.num_nodes, dtype=torch.int32, device=device
-        )
 
     def draft(
         self,
@@ -106,14 +85,4 @@ class DynamicDrafter:
             token_map=token_map,
             workspace=self.workspace,
         )
-        best_tree(
-            out,
-            self.tables,
-            self.tokens,
-            self.log_probs,
-            slots,
-            self.candidates,
-            self.fixed,
-            chains=None if self.lookup is None else self.lookup.find(slots),
-            scratch=self.scratch,
-        )
+        self.chooser.choose(out, self.tokens, self.log_probs, slots)

@@ -22,7 +22,7 @@ from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.kernels import DraftWorkspace, draft_tree
 from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.rank_agreement import on_every_rank
-from vllm_medusa.sequential_draft import SequentialDrafter
+from vllm_medusa.sequential_draft import ChosenSequentialDrafter, SequentialDrafter
 from vllm_medusa.sharded_draft import ShardedDraft, shard_heads
 from vllm_medusa.tree_batch import TreeBatch
 
@@ -57,7 +57,7 @@ class MedusaProposer(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.tree_batch = tree_batch
         self.req_states = req_states
-        self.drafter: SequentialDrafter | DynamicDrafter | None = None
+        self.drafter: SequentialDrafter | ChosenSequentialDrafter | DynamicDrafter | None = None
         self.workspace: DraftWorkspace | None = None
         self.sharded: ShardedDraft | None = None
         self.verification_step: VerificationStep | None = None
@@ -119,6 +119,10 @@ class MedusaProposer(DraftModelSpeculator):
         spec = self.model.spec
         if spec.sequential:
             self.drafter = SequentialDrafter(self.model, self.tree_batch.tree)
+            if self.speculative_config.dynamic_tree:
+                self.drafter = ChosenSequentialDrafter(
+                    self.drafter, self.tree_batch, self.make_lookup()
+                )
         elif self.speculative_config.dynamic_tree:
             self.drafter = DynamicDrafter(
                 self.tree_batch, self.num_heads, spec.output_size, self.make_lookup()
@@ -203,10 +207,13 @@ class MedusaProposer(DraftModelSpeculator):
         """Fill every request's tree from its heads' best tokens, [num_reqs, num_nodes] int64."""
         if out is None:
             out = slots.new_empty(hidden.shape[0], self.node_columns.shape[0], dtype=torch.int64)
-        if isinstance(self.drafter, SequentialDrafter):
+        if self.model.spec.sequential:
             roots = self.req_states.last_sampled_tokens.view(-1)[slots.clamp(min=0)].long()
-            drafts = self.drafter.draft(hidden, roots, self.embed_tokens, self.compute_base_logits)
-            return out.copy_(drafts)
+            inputs = (hidden, roots, self.embed_tokens, self.compute_base_logits)
+            if isinstance(self.drafter, SequentialDrafter):
+                return out.copy_(self.drafter.draft(*inputs))
+            self.drafter.draft(out, slots, *inputs)
+            return out
         if self.sharded is not None:
             self.sharded.draft(out, hidden, self.node_columns)
             return out

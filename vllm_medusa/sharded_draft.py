@@ -155,7 +155,9 @@ class ShardedDraft:
     ) -> None:
         """Draft token of every node, the same on every rank."""
         # Floats because vLLM's shared-memory gather on CPUs knows no integers; only copied.
-        parts = tensor_model_parallel_all_gather(self.best_keys(hidden).view(torch.float32))
+        parts = tensor_model_parallel_all_gather(
+            self.best_keys(hidden).contiguous().view(torch.float32)
+        )
         ids = ids_of(parts.view(torch.int64).topk(self.num_top, dim=-1).values)
         if self.token_map is not None:
             ids = self.token_map.expand(*ids.shape[:2], -1).gather(2, ids)
@@ -246,6 +248,12 @@ def _dealt_rows(
     return own
 
 
+def _gather_columns(part: torch.Tensor) -> torch.Tensor:
+    """All ranks' columns, the last dimension; NCCL refuses strided tensors, as products of heads
+    before rows are."""
+    return tensor_model_parallel_all_gather(part.contiguous())
+
+
 def _column_parallel(heads: MedusaHeads, rank: int, world_size: int) -> MedusaHeads:
     """Keep this rank's output columns of the residual blocks, where they can be shared out."""
     columns = heads.spec.hidden_size
@@ -255,7 +263,7 @@ def _column_parallel(heads: MedusaHeads, rank: int, world_size: int) -> MedusaHe
     heads.weight = nn.Parameter(heads.weight.data[:, :, own].clone(), requires_grad=False)
     if heads.bias is not None:
         heads.bias = nn.Parameter(heads.bias.data[..., own].clone(), requires_grad=False)
-    heads.gather_columns = tensor_model_parallel_all_gather
+    heads.gather_columns = _gather_columns
     return heads
 
 

@@ -176,8 +176,10 @@ def create_medusa_config(
             schedule = budget.schedule
     used_heads = tree.max_depth
     if options.dynamic_tree:
-        check_dynamic(options, tree, heads.spec, target_parallel_config)
-        used_heads = min(num_heads, tree.num_nodes)
+        check_dynamic(tree, target_parallel_config)
+        # The nodes of sequential heads come from the tree, however they are chosen.
+        if not heads.spec.sequential:
+            used_heads = min(num_heads, tree.num_nodes)
     logger.info(
         "Medusa: %d heads from %s (format %s), %s of %d nodes and depth %d",
         num_heads,

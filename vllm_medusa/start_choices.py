@@ -225,24 +225,19 @@ def check_attention(options: MedusaOptions) -> None:
 
 
 def check_dynamic(
-    options: MedusaOptions, tree: TokenTree, spec: HeadSpec, parallel_config: Any
+    tree: TokenTree, parallel_config: Any
 ) -> None:
     """Refuse what trees chosen at every step cannot be combined with.
 
     Raises
     ------
     ValueError
-        With sequential heads, with ranks that would not know the tree, with too many nodes.
+        With ranks that would not know the tree, with too many nodes.
     """
     stages = parallel_config.pipeline_parallel_size
     ranks = parallel_config.tensor_parallel_size
     reason = None
-    if spec.sequential:
-        reason = (
-            f"{options.model} holds sequential heads, whose probabilities depend on the path; "
-            "leave tree out or use independent heads"
-        )
-    elif stages > 1 or ranks > 1:
+    if stages > 1 or ranks > 1:
         reason = (
             f"every rank needs the tree that one of them chooses, found tensor_parallel_size="
             f"{ranks} and pipeline_parallel_size={stages}; leave tree out"

@@ -143,7 +143,10 @@ def test_step_of_the_verification_graphs_equals_stock(
     assert result["whole_steps"] > 50
 
 
-def test_sequential_heads_draft_level_by_level(tiny, run_job, batches, plain, tmp_path):
+@pytest.mark.parametrize(
+    "tree", [[4, 3, 2], "dynamic"], ids=["one tree", "chosen with what the history proposes"]
+)
+def test_sequential_heads_draft_level_by_level(tiny, run_job, batches, plain, tmp_path, tree):
     """Random heads: what they draft does not matter to the output, only to the speed."""
     import torch
 
@@ -160,11 +163,15 @@ def test_sequential_heads_draft_level_by_level(tiny, run_job, batches, plain, tm
         torch.nn.init.normal_(parameter, std=0.1)
     save_heads(heads.to_weights(), tmp_path, format="M")
     engine = {"model": tiny["model"], **ENGINE, **WIDE}
-    engine["speculative_config"] = {"method": "medusa", "model": str(tmp_path), "tree": [4, 3, 2]}
+    engine["speculative_config"] = {"method": "medusa", "model": str(tmp_path), "tree": tree}
+    engine["speculative_config"]["num_speculative_tokens"] = 28
     result = run_job(engine, batches[:3], whole_steps=True)
     assert token_ids(result) == token_ids(plain)[:3]
-    assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    counters = result["counters"]
+    assert counters["vllm:spec_decode_num_accepted_tokens"] > 0
     assert result["whole_steps"] > 50
+    deep = counters["vllm:spec_decode_num_accepted_tokens_per_pos"][3:]
+    assert bool(sum(deep)) == (tree == "dynamic")
 
 
 def test_comparison_sees_a_missing_compaction(tiny, run_job, batches, plain):

@@ -9,9 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm_medusa.config import MedusaOptions
 from vllm_medusa.dynamic_tree import DynamicDrafter
-from vllm_medusa.head_weights import HeadSpec
 from vllm_medusa.request_options import keeps_start_up_tree
 from vllm_medusa.scheduler import TreeSchedulerMixin
 from vllm_medusa.start_choices import check_dynamic
@@ -123,20 +121,16 @@ def test_statistics_count_what_the_history_may_propose():
     assert list(stats.num_accepted_tokens_per_pos) == [1] * 5
 
 
-def refusal(spec: HeadSpec, tree: TokenTree = START_UP, ranks: int = 1, stages: int = 1) -> str:
-    options = MedusaOptions(model="HEADS", tree="dynamic")
-    parallel = SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=stages)
-    with pytest.raises(ValueError, match="tree='dynamic'") as caught:
-        check_dynamic(options, tree, spec, parallel)
-    return str(caught.value)
-
-
 def test_what_cannot_choose_is_refused():
-    spec = HeadSpec(3, 1, 8, vocab_size=20, dtype=torch.float32)
-    sequential = HeadSpec(3, 1, 8, vocab_size=20, dtype=torch.float32, sequential=True)
-    assert "HEADS holds sequential heads" in refusal(sequential)
-    assert "tensor_parallel_size=2" in refusal(spec, ranks=2)
-    assert "pipeline_parallel_size=3" in refusal(spec, stages=3)
+    def refusal(tree: TokenTree = START_UP, ranks: int = 1, stages: int = 1) -> str:
+        parallel = SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=stages)
+        with pytest.raises(ValueError, match="tree='dynamic'") as caught:
+            check_dynamic(tree, parallel)
+        return str(caught.value)
+
+    assert "tensor_parallel_size=2" in refusal(ranks=2)
+    assert "pipeline_parallel_size=3" in refusal(stages=3)
+    assert "more than the 63 nodes" in refusal(TokenTree.from_paths([[i] for i in range(64)]))
 
 
 def test_fewer_ranks_than_nodes_are_refused():

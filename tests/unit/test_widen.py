@@ -1,5 +1,6 @@
 """The widened model and heads compute what the small ones compute."""
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.checkpoint_save import save_heads
 from vllm_medusa.head_weights import HeadSpec, HeadWeights
+from vllm_medusa.heads import MedusaHeads
 
 TOOL = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "widen_model.py"))
 WideShape, Widening, write_model = TOOL["WideShape"], TOOL["Widening"], TOOL["write_model"]
@@ -103,6 +105,29 @@ def test_heads_guess_the_same(small, tmp_path):
     want, got = logits(model, heads), logits(wide, found)
     assert (got[:, :VOCAB] - want).abs().max() <= TOLERANCE
     assert (got[:, VOCAB:] < want.min() - 100).all()
+
+
+def test_sequential_heads_guess_the_same(small, tmp_path):
+    """Without padded ids, whose spare dimension changes the embeddings' mean square a little."""
+    model, directory = small
+    shape = dataclasses.replace(WIDER["groups of 3 in groups of 4"], vocab_size=VOCAB)
+    wide = widen(directory, shape, tmp_path / "wide")
+    spec = HeadSpec(2, 1, 48, vocab_size=VOCAB, dtype=torch.float32, sequential=True)
+    heads = MedusaHeads(spec)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    config = json.loads((directory / "config.json").read_text())
+    weights = Widening(config, shape, 0, torch.float32).heads(heads.to_weights())
+    path = torch.tensor([[5, 9]])
+
+    def logits(model, heads):
+        with torch.no_grad():
+            hidden = model.model(torch.arange(3, 20)[None]).last_hidden_state[0, -1:]
+            embedded = model.get_input_embeddings()(path)
+            return model.lm_head(heads.forward_hidden(hidden, embedded))
+
+    want, got = logits(model, heads), logits(wide, MedusaHeads.from_weights(weights))
+    assert (got - want).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(

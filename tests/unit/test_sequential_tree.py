@@ -1,0 +1,132 @@
+"""Trees of sequential heads, chosen at every step among the nodes of a fixed one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional
+
+pytest.importorskip("vllm")
+
+from vllm_medusa.head_weights import HeadSpec
+from vllm_medusa.heads import MedusaHeads
+from vllm_medusa.prompt_lookup import PromptLookup
+from vllm_medusa.sequential_draft import ChosenSequentialDrafter, SequentialDrafter
+from vllm_medusa.tree import TokenTree
+from vllm_medusa.tree_batch import TreeBatch
+
+SIZE, VOCAB = 16, 30
+POOL = TokenTree.from_paths([[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [1, 1]])
+# Sums of three log probabilities in float32, in another order.
+TOLERANCE = 1e-5
+
+
+class Inputs:
+    """Random heads with a model's embeddings and lm_head, and some requests."""
+
+    def __init__(self, num_reqs: int):
+        torch.manual_seed(1)
+        spec = HeadSpec(3, 1, SIZE, vocab_size=VOCAB, dtype=torch.float32, sequential=True)
+        self.heads = MedusaHeads(spec)
+        for parameter in self.heads.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
+        self.table, self.lm_head = torch.randn(VOCAB, SIZE), torch.randn(VOCAB, SIZE)
+        self.hidden, self.roots = torch.randn(num_reqs, SIZE), torch.arange(num_reqs) % VOCAB
+
+    @property
+    def arguments(self) -> tuple:
+        return (
+            self.hidden,
+            self.roots,
+            lambda ids: self.table[ids],
+            lambda states: functional.linear(states, self.lm_head),
+        )
+
+
+def chosen(inputs: Inputs, slots: list[int], lookup: PromptLookup | None = None):
+    """Batch tables and drafts; every slot but 0 chooses."""
+    batch = TreeBatch(POOL, max(slots) + 1, torch.device("cpu"))
+    for slot in range(1, max(slots) + 1):
+        batch.keep_tree(slot, False)
+    drafter = SequentialDrafter(inputs.heads, POOL)
+    out = torch.full((len(slots), POOL.num_nodes), -7)
+    ChosenSequentialDrafter(drafter, batch, lookup).draft(
+        out, torch.tensor(slots), *inputs.arguments
+    )
+    return drafter, batch, out
+
+
+def paths(batch: TreeBatch, slot: int, drafts: torch.Tensor) -> list[tuple[int, ...]]:
+    """Tokens from below the root to every node."""
+    found: list[tuple[int, ...]] = [()]
+    for parent, token in zip(batch.parents[slot, 1:].tolist(), drafts.tolist(), strict=True):
+        found.append((*found[parent], token))
+    return found[1:]
+
+
+def test_log_probabilities_are_the_heads_own_behind_the_path():
+    inputs = Inputs(2)
+    tokens, log_probs = SequentialDrafter(inputs.heads, POOL).score(*inputs.arguments)
+    tokens, log_probs = tokens.flatten(1), log_probs.flatten(1)
+    for node, path in enumerate(POOL.paths):
+        above = [POOL.paths.index(path[:d]) for d in range(1, len(path))]
+        for req in range(2):
+            seen = [int(inputs.roots[req]), *tokens[req, above].tolist()]
+            embedded = torch.zeros(1, 3, SIZE)
+            embedded[0, : len(seen)] = inputs.table[seen]
+            states = inputs.heads.forward_hidden(inputs.hidden[req : req + 1], embedded)
+            logits = functional.linear(states[len(path) - 1, 0], inputs.lm_head)
+            want = logits.log_softmax(0)[tokens[req, node]]
+            assert abs(log_probs[req, node] - want) <= TOLERANCE
+
+
+def test_likeliest_nodes_come_first_and_below_their_parents():
+    inputs = Inputs(3)
+    drafter, batch, out = chosen(inputs, [2, 0, 3])
+    tokens, log_probs = drafter.score(*inputs.arguments)
+    tokens, log_probs = tokens.flatten(1), log_probs.flatten(1).double()
+    for req, slot in ((0, 2), (2, 3)):
+        whole = {}
+        for path in POOL.paths:
+            places = [POOL.paths.index(path[: d + 1]) for d in range(len(path))]
+            whole[tuple(tokens[req, places].tolist())] = log_probs[req, places].sum().item()
+        found = paths(batch, slot, out[req])
+        assert sorted(found) == sorted(whole)
+        sums = [whole[path] for path in found]
+        assert all(a >= b - TOLERANCE for a, b in itertools.pairwise(sums))
+    # Slot 0 keeps the fixed tree.
+    assert batch.parents[0].tolist() == list(POOL.parents)
+    assert out[1].tolist() == tokens[1, : POOL.num_nodes].tolist()
+
+
+def test_history_takes_the_place_of_unlikely_nodes():
+    inputs = Inputs(2)
+    line = torch.tensor([*range(9, 20), *range(9, 17)], dtype=torch.int32)
+    history = line.repeat(3, 1)
+    lookup = PromptLookup(history, torch.tensor([19, 19, 19], dtype=torch.int32), 5, VOCAB)
+    _, batch, out = chosen(inputs, [1, 0], lookup)
+    found = paths(batch, 1, out[0])
+    # Matched eight tokens, so at 0.95 a token: nothing of random heads is as sure.
+    assert found[:5] == [tuple(range(17, 20))[: d + 1] for d in range(3)] + [
+        (17, 18, 19, 9), (17, 18, 19, 9, 10),
+    ]  # fmt: skip
+    assert batch.parents[0].tolist() == list(POOL.parents)
+
+
+@pytest.mark.parametrize("num_reqs", [1, 64, 300])
+def test_large_batches_draft_only_nodes_that_they_can_afford(num_reqs):
+    inputs = Inputs(num_reqs)
+    drafter = SequentialDrafter(inputs.heads, POOL)
+    drafts = drafter.draft(*inputs.arguments)
+    _, log_probs = drafter.score(*inputs.arguments)
+    nodes = {1: 9, 64: 7, 300: 1}[num_reqs]
+    is_drafted = log_probs.flatten(1)[:, :9] > float("-inf")
+    assert is_drafted.sum(1).tolist() == [nodes] * num_reqs and is_drafted[:, :nodes].all()
+    assert ((drafts >= 0) & (drafts < VOCAB)).all()
+    whole = SequentialDrafter(inputs.heads, POOL.cut(nodes)).draft(*inputs.arguments)
+    assert torch.equal(drafts[:, :nodes], whole)
+    _, batch, out = chosen(inputs, list(range(1, num_reqs + 1)))
+    assert ((out >= 0) & (out < VOCAB)).all()
+    assert (batch.parents[1:, 1:] < torch.arange(1, 10)).all()
