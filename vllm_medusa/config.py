@@ -76,7 +76,7 @@ class MedusaOptions:
         Factor of ``exp(-entropy)`` there; None takes the square root of epsilon.
     draft_vocab_size : int or None
         Heads that share the target's lm_head score its first ids only; 0 means all, None
-        takes a quarter on a CPU and all on a GPU.
+        takes a quarter of large vocabularies.
     adaptive : bool or None
         Choose the nodes of each step by what steps cost here and what is accepted lately;
         None does so on a GPU unless nodes, tree or schedule were asked for.

@@ -41,6 +41,8 @@ class TreeRunnerMixin:
         self.rank_check: RankCheck | None = None
 
         def make_proposer(config: Any, target: torch.device, req_states: Any) -> MedusaProposer:
+            if config.speculative_config.prompt_lookup > 0:
+                vllm_seams.keep_history_on_device(req_states)
             return MedusaProposer(config, target, self.tree_batch, req_states)
 
         with vllm_seams.speculator_factory(make_proposer):

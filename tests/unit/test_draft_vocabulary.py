@@ -65,7 +65,13 @@ def test_nothing_is_cut(change):
 
 @pytest.mark.parametrize(
     ("device", "vocab", "size"),
-    [("cpu", 49152, 12288), ("cuda", 49152, None), ("cpu", 4 * LEAST_SIZE - 1, None)],
+    [
+        ("cpu", 49152, 12288),
+        ("cuda", 49152, None),
+        ("cuda", 128256, 32064),
+        ("cpu", 4 * LEAST_SIZE["cpu"] - 1, None),
+        ("xpu", 128256, None),
+    ],
 )
 def test_default_by_device(device, vocab, size):
     assert default_size(device, vocab) == size
