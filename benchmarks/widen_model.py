@@ -344,7 +344,9 @@ def main() -> None:
     """Widen model and heads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--heads", help="Medusa heads to widen, into OUTPUT/heads")
+    parser.add_argument(
+        "--heads", nargs="+", help="Medusa heads to widen, into OUTPUT/heads, OUTPUT/heads-2, .."
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -354,12 +356,13 @@ def main() -> None:
     widening = Widening(config, SHAPES[args.shape], args.seed, getattr(torch, args.dtype))
     write_model(widening, args.model, args.output)
     print(f"wrote {args.output}")
-    if args.heads:
-        small = load_heads(args.heads)
-        save_heads(widening.heads(small), args.output / "heads")
+    for place, heads in enumerate(args.heads or []):
+        output = args.output / (f"heads-{place + 1}" if place else "heads")
+        small = load_heads(heads)
+        save_heads(widening.heads(small), output)
         if small.tree_path is not None:
-            shutil.copy(small.tree_path, args.output / "heads" / "tree.json")
-        print(f"wrote {args.output / 'heads'}")
+            shutil.copy(small.tree_path, output / "tree.json")
+        print(f"wrote {output}")
 
 
 if __name__ == "__main__":
