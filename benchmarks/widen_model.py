@@ -359,7 +359,7 @@ def main() -> None:
     for place, heads in enumerate(args.heads or []):
         output = args.output / (f"heads-{place + 1}" if place else "heads")
         small = load_heads(heads)
-        save_heads(widening.heads(small), output)
+        save_heads(widening.heads(small), output, "M" if small.spec.sequential else "C2")
         if small.tree_path is not None:
             shutil.copy(small.tree_path, output / "tree.json")
         print(f"wrote {output}")
