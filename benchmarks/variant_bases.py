@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -96,14 +97,18 @@ def cut_share(data: HiddenStateSet, share: float) -> HiddenStateSet:
 
 
 def test_answers(
-    path: Path, model: str, questions: Path, limit: int, max_tokens: int, engine: dict[str, Any]
-) -> Callable[[], TestAnswers]:
-    """-> a function that reads ``path``, or lets vLLM answer both turns and writes it."""
+    path: Path, model: str, questions: Path, limit: int, max_tokens: int, engine: dict[str, Any],
+    turns: int = 2,
+) -> Callable[[], TestAnswers]:  # fmt: skip
+    """-> a function that reads ``path``, or lets vLLM answer the first turns and writes it."""
 
     def answer() -> TestAnswers:
         owners = path.with_suffix(".npy")
         if not path.exists():
-            prompts = choose_prompts(read_prompts(questions).prompts, limit)
+            prompts = [
+                dataclasses.replace(prompt, turns=prompt.turns[:turns])
+                for prompt in choose_prompts(read_prompts(questions).prompts, limit)
+            ]
             sampling = {"temperature": 0.0, "max_tokens": max_tokens}
             run = serve_prompts({"model": model, **engine}, prompts, sampling)
             pairs = ((a.prompt_ids, a.token_ids) for a in run.answers)
