@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from greedy_answers import chosen_questions, served_answers
 from records import write_record
 from simulate_trees import QUESTIONS
-from variant_bases import MOST_HEADS, test_answers
+from variant_bases import MOST_HEADS
 from variant_eval import AnswerRanks, EvaluationJob, evaluate
 
 from vllm_medusa.heads import MedusaHeads
@@ -66,12 +67,12 @@ def rank(model: Any, heads: MedusaHeads, data: HiddenStateSet, log_probs: bool) 
 def main() -> None:
     """Answer, rank, search trees, simulate, record."""
     args = parse_args()
-    engine = {"dtype": args.dtype, "max_model_len": 2048}
-    path = args.work_dir / "mt_bench.safetensors"
+    engine = {"model": args.model, "dtype": args.dtype, "max_model_len": 2048}
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    test = test_answers(
-        path, args.model, args.questions, args.num_questions, args.max_tokens, engine, args.turns
-    )()
+    test = served_answers(
+        args.work_dir / "mt_bench.safetensors",
+        chosen_questions(args.questions, args.num_questions, args.turns), engine, args.max_tokens,
+    )  # fmt: skip
     calibration, _ = load_answers([args.calibration])
     model = load_base(args.model, args.dtype, args.device)
     sets = [
@@ -89,10 +90,11 @@ def main() -> None:
         started = time.monotonic()
         heads = MedusaHeads.from_weights(load_heads_for(model, directory), model.device)
         found = rank(model, heads, sets[0], False)
-        tests = {"mt_bench": AnswerRanks(rank(model, heads, sets[1], True), test.questions)}
+        ranks = rank(model, heads, sets[1], True)
+        tests = {"mt_bench": AnswerRanks(ranks, test.questions, ranks)}
         target = args.work_dir / name
         target.mkdir(exist_ok=True)
-        job = EvaluationJob(target, found, tests, dynamic_answers=len(test.questions))
+        job = EvaluationJob(target, found, tests)
         spec = heads.spec
         record["variants"][name] = {
             "num_heads": spec.num_heads, "num_layers": spec.num_layers,
