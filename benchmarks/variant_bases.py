@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from greedy_answers import TestAnswers
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,22 +19,11 @@ from vllm_medusa.training.base_model import embedding_weight, lm_head_weight
 from vllm_medusa.training.conversations import ConversationSet
 from vllm_medusa.training.hidden_states import HiddenStateSet, extract_hidden_states
 from vllm_medusa.training.loss import IGNORE
-from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
-from vllm_medusa.training.served_answers import serve_prompts
 
 # Columns of labels: heads that any variant may have. One table for all, so that the compiled
 # loss sees one layout.
 MOST_HEADS = 5
 _CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class TestAnswers:
-    """Greedy answers to test questions, and the question of each."""
-
-    answers: ConversationSet
-    # [answers] int64
-    questions: np.ndarray
 
 
 @dataclass
@@ -45,7 +34,8 @@ class Base:
     model: Any
     train: ConversationSet
     held_out: ConversationSet
-    test: Future[TestAnswers]
+    # lets the model answer the test questions
+    answer: Callable[[Any], TestAnswers]
     batch_tokens: int
     seconds: float = 0.0
     _sets: dict[str, HiddenStateSet] = field(default_factory=dict)
@@ -58,10 +48,19 @@ class Base:
     def embeddings(self) -> Tensor:
         return embedding_weight(self.model)
 
+    @cached_property
+    def test(self) -> TestAnswers:
+        """The model's greedy answers to the test questions."""
+        return self.answer(self.model)
+
+    def has_hidden(self, which: str) -> bool:
+        """Whether these hidden states are there already."""
+        return which in self._sets
+
     def hidden(self, which: str) -> HiddenStateSet:
         """Hidden states of ``train``, ``held_out`` or ``test``, computed at the first call."""
         if which not in self._sets:
-            answers = self.test.result().answers if which == "test" else getattr(self, which)
+            answers = self.test.answers if which == "test" else getattr(self, which)
             started = time.monotonic()
             self._sets[which] = extract_hidden_states(
                 self.model, answers, MOST_HEADS, self.batch_tokens
@@ -95,23 +94,9 @@ def cut_share(data: HiddenStateSet, share: float) -> HiddenStateSet:
     return rows_of(data, 0, max(1, round((len(data.offsets) - 1) * share)))
 
 
-def test_answers(
-    path: Path, model: str, questions: Path, limit: int, max_tokens: int, engine: dict[str, Any]
-) -> Callable[[], TestAnswers]:
-    """-> a function that reads ``path``, or lets vLLM answer both turns and writes it."""
-
-    def answer() -> TestAnswers:
-        owners = path.with_suffix(".npy")
-        if not path.exists():
-            prompts = choose_prompts(read_prompts(questions).prompts, limit)
-            sampling = {"temperature": 0.0, "max_tokens": max_tokens}
-            run = serve_prompts({"model": model, **engine}, prompts, sampling)
-            pairs = ((a.prompt_ids, a.token_ids) for a in run.answers)
-            np.save(owners, np.array([a.prompt_index for a in run.answers], np.int64))
-            ConversationSet.from_pairs(pairs).save(path)
-        return TestAnswers(ConversationSet.load(path), np.load(owners))
-
-    return answer
+def first_answers(answers: ConversationSet, share: float) -> ConversationSet:
+    """A share of the conversations; the split shuffled them."""
+    return answers.select(np.arange(max(1, round(len(answers) * share))))
 
 
 def rows_of(data: HiddenStateSet, first: int, last: int) -> HiddenStateSet:

@@ -22,6 +22,8 @@ class AnswerRanks:
     ranks: HeadRanks
     # [answers] int64: answers of one question are drawn together
     groups: np.ndarray
+    # the first answers once more, with the log probabilities that trees are chosen by
+    chosen: HeadRanks | None = None
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,10 @@ class EvaluationJob:
     """What a process needs to evaluate one variant; numbers only, no device."""
 
     directory: Path
-    # to search the tree on; None: read the tree of an earlier job
+    # to search the tree on
     calibration: HeadRanks
     # name -> answers to test on
     tests: dict[str, AnswerRanks]
-    # conversations that dynamic trees are tried on: all candidates of all rows take a while
-    dynamic_answers: int
 
 
 def evaluate(job: EvaluationJob) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def evaluate(job: EvaluationJob) -> dict[str, Any]:
             "top_1": test.ranks.accuracies()[:, 0].round(4).tolist(),
             "top_10": test.ranks.accuracies()[:, :10].sum(1).round(4).tolist(),
             "static": _static(test, tree.paths),
-            **_dynamic(test, job.dynamic_answers),
+            **_dynamic(test),
         }
         for name, test in job.tests.items()
     }
@@ -62,19 +62,14 @@ def _static(test: AnswerRanks, paths: tuple[tuple[int, ...], ...]) -> dict[str, 
     }
 
 
-def _dynamic(test: AnswerRanks, most_answers: int) -> dict[str, Any]:
-    """Trees chosen at every step; the static ones on the same answers are beside them if fewer."""
-    ranks = test.ranks
-    if ranks.log_probs is None:
+def _dynamic(test: AnswerRanks) -> dict[str, Any]:
+    """Trees chosen at every step, on the answers whose log probabilities are known."""
+    ranks = test.chosen
+    if ranks is None or ranks.log_probs is None:
         return {}
-    count = min(most_answers, len(test.groups))
-    offsets = ranks.offsets[: count + 1]
-    rows = slice(0, int(offsets[-1]))
-    cut = AnswerRanks(
-        HeadRanks(ranks.ranks[rows], ranks.has_label[rows], offsets, ranks.max_rank),
-        test.groups[:count],
-    )
-    places = chosen_places(ranks.ranks[rows], ranks.log_probs[rows], BUDGETS[-1])
+    count = len(ranks.offsets) - 1
+    cut = AnswerRanks(ranks, test.groups[:count])
+    places = chosen_places(ranks.ranks, ranks.log_probs, BUDGETS[-1])
     found = {str(nodes): _row((places < nodes).sum(1), cut) for nodes in BUDGETS}
     return {"dynamic": found, "dynamic_answers": count}
 

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-# Steps of the short runs that are compared with each other.
+# Steps of the short runs that are compared with each other, and about how long they take.
 CURVE_STEPS = 800
+CURVE_SECONDS = 22
 OWN_BASE = "base"
 
 
@@ -32,51 +33,55 @@ class Variant:
     steps: int | None = None
 
 
-def _curve(name: str, share: float = 1.0, **settings: Any) -> Variant:
-    kind = {"num_heads": 4, "num_layers": 3, **settings}
-    return Variant(name, 22, kind, share=share, steps=CURVE_STEPS)
-
-
-SEQUENTIAL = {"num_heads": 4, "num_layers": 3, "sequential": True}
 PLAIN = {"num_heads": 5, "num_layers": 3}
+SEQUENTIAL = {"num_heads": 4, "num_layers": 3, "sequential": True}
+JOINT = {
+    "head_only_epochs": 0.0, "lora_rank": 64, "lora_dropout": 0.0, "batch_size": 32,
+    "warmup_steps": 40,
+    # One forward pass a step: many small ones would wait for their launches. Longer conversations
+    # would make all others of their step as long.
+    "micro_batch_size": 32, "max_length": 512,
+}  # fmt: skip
+
+
+def _curve(name: str, share: float = 1.0, **settings: Any) -> Variant:
+    """A short run; those of one ``sequential`` differ in data or in size alone."""
+    kind = {"num_heads": 4, "num_layers": 3, **settings}
+    return Variant(name, CURVE_SECONDS, kind, share=share, steps=CURVE_STEPS)
+
 
 VARIANTS = (
-    Variant("sequential", 100, SEQUENTIAL),
-    Variant("medusa-1", 50, {"num_heads": 5, "num_layers": 1}),
-    Variant("plain-3-blocks", 50, PLAIN),
-    # One forward pass a step: many small ones would wait for their launches.
-    Variant(
-        "medusa-2", 80,
-        {**PLAIN, "head_only_epochs": 0.0, "lora_rank": 64, "batch_size": 32,
-         "micro_batch_size": 32, "max_length": 1024, "warmup_steps": 40},
-        joint=True, start="plain-3-blocks",
-    ),
-    Variant("medusa-2-sequential", 45, {**SEQUENTIAL, "learning_rate": 2e-3},
+    Variant("medusa-1", 40, {"num_heads": 5, "num_layers": 1}),
+    Variant("plain-3-blocks", 75, PLAIN),
+    Variant("sequential", 75, SEQUENTIAL),
+    Variant("medusa-2", 100, {**PLAIN, **JOINT}, joint=True, start="plain-3-blocks"),
+    Variant("medusa-2-sequential", 60, {**SEQUENTIAL, "learning_rate": 2e-3},
             start="sequential", base="medusa-2"),
     Variant("medusa-2-heads-again", 20, {**PLAIN, "learning_rate": 2e-3},
             start="medusa-2", base="medusa-2"),
+    Variant("sequential-long", 100, {**SEQUENTIAL, "num_heads": 5, "num_layers": 4}),
+    _curve("sequential-data-1-of-16", 1 / 16, sequential=True),
+    _curve("sequential-data-1-of-4", 1 / 4, sequential=True),
+    _curve("sequential-data-all", sequential=True),
     _curve("data-1-of-16", 1 / 16),
     _curve("data-1-of-4", 1 / 4),
     _curve("data-all"),
+    _curve("sequential-1-block", sequential=True, num_layers=1),
     _curve("1-block", num_layers=1),
-    _curve("2-blocks", num_layers=2),
-    _curve("4-blocks", num_layers=4),
+    _curve("sequential-5-blocks", sequential=True, num_layers=5),
+    _curve("5-blocks", num_layers=5),
     # Scoring the frequent tokens only makes a step about twice as fast.
     Variant("sequential-16k-words", 60, {**SEQUENTIAL, "vocab_subset": 16384}),
     Variant("sequential-common-lm-head", 60, {**SEQUENTIAL, "lm_head": "common"}),
-    Variant("sequential-4-blocks", 60, {**SEQUENTIAL, "num_layers": 4}),
-    Variant("sequential-5-heads", 60, {**SEQUENTIAL, "num_heads": 5}),
-    Variant("sequential-1-block", 40, {**SEQUENTIAL, "num_layers": 1}),
-    Variant("sequential-rate-8e-3", 60, {**SEQUENTIAL, "learning_rate": 8e-3}),
-    _curve("sequential-data-1-of-16", 1 / 16, sequential=True),
-    _curve("sequential-data-all", sequential=True),
 )  # fmt: skip
 
 # Without --only; the others are for further runs.
-DEFAULT = tuple(v.name for v in VARIANTS[:12])
+DEFAULT = tuple(v.name for v in VARIANTS[:17])
 
 
-def choose(names: list[str], overrides: list[str], scale: float) -> list[Variant]:
+def choose(
+    names: list[str], overrides: list[str], scale: float, trained: tuple[str, ...] = ()
+) -> list[Variant]:
     """Variants of those names in the plan's order, with their lengths changed.
 
     Parameters
@@ -87,6 +92,8 @@ def choose(names: list[str], overrides: list[str], scale: float) -> list[Variant
         ``NAME=SECONDS``; for runs of fixed length their steps shrink or grow alike.
     scale : float
         Factor of the lengths that are not overridden.
+    trained : tuple of str
+        Variants that are trained already and left out.
     """
     known = {variant.name: variant for variant in VARIANTS}
     seconds = {}
@@ -96,7 +103,7 @@ def choose(names: list[str], overrides: list[str], scale: float) -> list[Variant
     unknown = sorted({*names, *seconds} - set(known))
     if unknown:
         raise ValueError(f"unknown variants {unknown}; expected some of {sorted(known)}")
-    wanted = set(names or DEFAULT)
+    wanted = set(names or DEFAULT) - set(trained)
     return [
         _lengthened(v, seconds.get(v.name, v.seconds * scale))
         for v in VARIANTS
