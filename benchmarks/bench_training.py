@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--online-layers", type=int, default=32, help="of the base; 0: leave out")
     parser.add_argument("--online-hidden", type=int, default=4096)
     parser.add_argument("--micro-batch-sizes", nargs="+", type=int, default=[8, 16])
+    parser.add_argument("--compile-base", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--answer-tokens", type=int, default=960)
     parser.add_argument("--device", default=None)
@@ -150,10 +151,12 @@ def online(args: argparse.Namespace, base: Any, micro: int, device: str) -> dict
     length = args.prompt_tokens + args.answer_tokens
     ids = rng.integers(0, weight.shape[0], (count, length)).astype(np.int32)
     pairs = [(row[: args.prompt_tokens], row[args.prompt_tokens :]) for row in ids]
+    rows = micro * args.answer_tokens
     config = JointConfig(
         num_heads=args.num_heads, num_layers=1, joint_epochs=0.0, head_only_epochs=1e6,
         batch_size=micro, micro_batch_size=micro, max_length=length, checkpoint_every=0,
-        loss_chunk_rows=8192,
+        # Whole chunks only: others are not compiled.
+        loss_chunk_rows=rows // max(1, round(rows / 4096)), compile_base=args.compile_base,
     )  # fmt: skip
     data = SequenceData(ConversationSet.from_pairs(pairs), config.num_heads, config.max_length)
     heads = TrainableHeads.from_spec(
@@ -172,7 +175,8 @@ def online(args: argparse.Namespace, base: Any, micro: int, device: str) -> dict
         "mode": "on line", "base_parameters": sum(p.numel() for p in base.parameters()),
         "hidden_size": weight.shape[1], "vocab_size": weight.shape[0],
         "num_heads": args.num_heads, "num_layers": 1, "conversations_a_step": micro,
-        "prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens, **found,
+        "compiled_base": args.compile_base, "prompt_tokens": args.prompt_tokens,
+        "answer_tokens": args.answer_tokens, **found,
     }  # fmt: skip
 
 

@@ -34,7 +34,12 @@ from variant_eval import AnswerRanks, EvaluationJob, evaluate
 from variant_plan import OWN_BASE, VARIANTS, Variant, choose
 from variant_training import held_out_losses, synchronise, train_heads, train_joint
 
-from vllm_medusa.training.base_model import default_device, load_base, load_heads_for
+from vllm_medusa.training.base_model import (
+    compile_layers,
+    default_device,
+    load_base,
+    load_heads_for,
+)
 from vllm_medusa.training.calibrate import HeadRanks, rank_labels
 from vllm_medusa.training.cli import HELD_OUT_FILE, read_answers
 from vllm_medusa.training.trainable_heads import TrainableHeads
@@ -71,6 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--extract-tokens", type=int, default=65536, help="of a forward pass")
     parser.add_argument("--train", type=json.loads, default={}, help="JSON of TrainConfig fields")
     parser.add_argument("--joint", type=json.loads, default={}, help="JSON of JointConfig fields")
+    parser.add_argument("--compile-base", action="store_true", help="before it is run")
     parser.add_argument("--workers", type=int, default=3, help="processes that evaluate trees")
     parser.add_argument("--device", default=None)
     return parser.parse_args()
@@ -110,6 +116,8 @@ class Comparison:
         answers, held_out = read_answers(args.data, args.model).split(args.held_out, 0)
         held_out.save(args.work_dir / HELD_OUT_FILE)
         model = load_base(args.model, device=self.device)
+        if args.compile_base:
+            compile_layers(model)
         base = self._add_base(OWN_BASE, Path(args.model).name, model, answers, held_out)
         self.phase("base and answers loaded", answers=len(answers))
         self.record |= {

@@ -27,11 +27,7 @@ def collect_provenance(**extra: Any) -> dict[str, Any]:
         checkout), ``versions``, ``python``, ``processor``, ``gpus`` and the extras.
     """
     return {
-        # Absolute paths say nothing about the run: their last part stays.
-        "command": [
-            Path(word).name if Path(word).is_absolute() else word
-            for word in (Path(sys.argv[0]).name, *sys.argv[1:])
-        ],
+        "command": [Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])],
         "git_sha": git_sha(),
         "versions": _versions(),
         "python": platform.python_version(),
@@ -39,6 +35,12 @@ def collect_provenance(**extra: Any) -> dict[str, Any]:
         "gpus": _gpu_names(),
         **extra,
     }
+
+
+def _without_folders(word: str) -> str:
+    """Absolute paths say nothing about the run: their last part stays, also in NAME=PATH."""
+    name, equals, value = word.rpartition("=")
+    return f"{name}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 def git_sha() -> str | None:

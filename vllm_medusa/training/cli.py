@@ -190,7 +190,12 @@ def read_answers(paths: Sequence[str | Path], model: str) -> "ConversationSet":
 def run_train(arguments: argparse.Namespace) -> None:
     """Extract hidden states, train, export, calibrate."""
     from vllm_medusa.provenance import collect_provenance
-    from vllm_medusa.training.base_model import embedding_weight, lm_head_weight, load_base
+    from vllm_medusa.training.base_model import (
+        compile_layers,
+        embedding_weight,
+        lm_head_weight,
+        load_base,
+    )
     from vllm_medusa.training.export import export_heads
     from vllm_medusa.training.hidden_shards import hidden_states_of
     from vllm_medusa.training.new_heads import new_heads
@@ -200,6 +205,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     loaded = read_answers(arguments.data, arguments.model)
     answers, held_out = loaded.split(arguments.held_out, config.seed)
     model = load_base(arguments.model, device=arguments.device, quantise=config.quantise)
+    if config.compile_base:
+        compile_layers(model)
     lm_head = lm_head_weight(model)
     data = hidden_states_of(model, answers, config, arguments.output, arguments.model)
     heads = new_heads(config, lm_head, answers, model.device)

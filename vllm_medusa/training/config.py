@@ -113,6 +113,8 @@ class TrainConfig(HeadKind):
     # Hidden states of the answers: in the device's memory, or in files beside the result.
     hidden_states: Literal["memory", "disk"] = "memory"
     quantise: Literal["none", "8bit", "4bit"] = "none"
+    # Pays from some million tokens on: compiling takes about half a minute.
+    compile_base: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

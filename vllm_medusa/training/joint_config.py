@@ -47,6 +47,8 @@ class JointConfig(HeadKind):
     quantise: Literal["none", "8bit", "4bit"] = "none"
     dtype: str = "bfloat16"
     gradient_checkpointing: bool = False
+    # Of a base that is only read; compiling takes about half a minute.
+    compile_base: bool = False
     loss_chunk_rows: int = 2048
     log_every: int = 10
     checkpoint_every: int = 500
@@ -76,6 +78,7 @@ class JointConfig(HeadKind):
     def _check_backbone(self) -> None:
         if self.joint_epochs == 0:
             return
+        require(not self.compile_base, "compile_base", True, "false with a joint stage")
         whole = self.lora_rank == 0
         require(
             not (whole and self.self_distillation), "self_distillation", True,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vllm_medusa.training.base_model import compile_layers
 from vllm_medusa.training.joint_config import JointConfig
 from vllm_medusa.training.joint_loss import chunked_mean, cross_entropy, divergence
 from vllm_medusa.training.loss import medusa_one_loss
@@ -48,7 +49,7 @@ class JointModel(nn.Module):
             base.gradient_checkpointing_enable({"use_reentrant": False})
             # Checkpointed blocks need an input with a gradient; the frozen embeddings give none.
             base.enable_input_require_grads()
-        self.base = base
+        self.base = compile_layers(base) if config.compile_base else base
         self.heads = heads
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -117,9 +118,7 @@ class JointModel(nn.Module):
         lm_head = self.base.get_output_embeddings()
         chunk = self.config.loss_chunk_rows
         if not self.config.self_distillation:
-            return chunked_mean(
-                lambda h, y: cross_entropy(lm_head(h), y), (hidden,), labels, chunk
-            )
+            return chunked_mean(lambda h, y: cross_entropy(lm_head(h), y), (hidden,), labels, chunk)
         with torch.no_grad(), self.without_adapter():
             teacher = self._hidden(input_ids, rows)
 
