@@ -257,13 +257,15 @@ def synthetic_side(args: argparse.Namespace, speculative: dict, max_num_seqs: in
     heads = load_heads(args.heads).spec.num_heads
     write_tree(tree, args.synthetic_acceptance, heads, nodes)
     config = speculative | {"tree": str(tree), "adaptive": True, "num_speculative_tokens": nodes}
-    if not torch.cuda.is_available():
-        # A CPU has no schedule of its own for a tree that is given.
-        config["num_speculative_tokens_per_batch_size"] = [[1, max_num_seqs, nodes]]
-    return {
+    side = {
         "speculative_config": config,
         "worker_extension_cls": "synthetic_acceptance.SyntheticAcceptance",
     }
+    if not torch.cuda.is_available():
+        # A CPU has no schedule of its own for a tree that is given; the largest batch is plain.
+        config["num_speculative_tokens_per_batch_size"] = [[1, max_num_seqs, nodes]]
+        side["max_num_seqs"] = max_num_seqs + 1
+    return side
 
 
 def document(

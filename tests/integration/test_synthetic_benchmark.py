@@ -43,8 +43,9 @@ def test_engine_accepts_what_the_tree_promises(run_job, tiny, tree, nodes, whole
         "num_speculative_tokens": NODES,
         "num_speculative_tokens_per_batch_size": [[1, 99, nodes]],
     }  # fmt: skip
+    # One more request than there are: the largest batch decodes plainly.
     engine = ENGINE | {
-        "model": tiny["model"], "max_num_seqs": count, "speculative_config": config,
+        "model": tiny["model"], "max_num_seqs": count + 1, "speculative_config": config,
         "worker_extension_cls": "synthetic_acceptance.SyntheticAcceptance",
     }  # fmt: skip
     # Greedy, seeded alike, and with a processor, which the graphs leave to the other route.
