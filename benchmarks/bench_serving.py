@@ -99,7 +99,7 @@ def answer(
 ) -> dict[str, Any]:
     """All turns of all questions on one side."""
     sampling = {"temperature": temperature, "max_tokens": args.max_tokens}
-    if args.synthetic_acceptance is not None:
+    if getattr(args, "synthetic_acceptance", None) is not None:
         sampling["ignore_eos"] = True
     history: list[list[dict]] = [[] for _ in questions]
     result = {"seconds": 0.0, "answers": [[] for _ in questions]}
