@@ -19,9 +19,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from engine_process import EngineProcess
+import torch
+from engine_process import EngineProcess, benchmarks_on_path
 from records import spread, write_record
+from synthetic_profile import MOST_NODES, PAPER_TOKENS_PER_STEP, write_tree
 
+from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.training.prompt_files import Prompt, choose_prompts, read_prompts
 
 QUESTIONS = Path(__file__).parent / "data" / "mt_bench_questions.jsonl"
@@ -65,7 +68,7 @@ def parse_args() -> argparse.Namespace:
         default=[],
         metavar="NAME=JSON",
         help="a further side with this speculative_config; HEADS in it stands for the heads, as in "
-        "'fixed={\"method\": \"medusa\", \"model\": \"HEADS\", \"adaptive\": false}'",
+        '\'fixed={"method": "medusa", "model": "HEADS", "adaptive": false}\'',
     )
     parser.add_argument(
         "--kv-cache-gb",
@@ -73,7 +76,18 @@ def parse_args() -> argparse.Namespace:
         default=None,
         help="KV cache of each side; without it each side profiles the memory that it finds",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--synthetic-acceptance",
+        type=float,
+        default=None,
+        metavar="TOKENS_PER_STEP",
+        help="draw what is accepted, so that 63 nodes yield so many tokens a step (the paper's "
+        f"Vicuna-7B Medusa-2: {PAPER_TOKENS_PER_STEP}); answers are of full length and no text",
+    )
+    args = parser.parse_args()
+    if args.synthetic_acceptance is not None and (args.tree is not None or args.side):
+        parser.error("--synthetic-acceptance brings its own tree; leave --tree and --side out")
+    return args
 
 
 def answer(
@@ -85,6 +99,8 @@ def answer(
 ) -> dict[str, Any]:
     """All turns of all questions on one side."""
     sampling = {"temperature": temperature, "max_tokens": args.max_tokens}
+    if getattr(args, "synthetic_acceptance", None) is not None:
+        sampling["ignore_eos"] = True
     history: list[list[dict]] = [[] for _ in questions]
     result = {"seconds": 0.0, "answers": [[] for _ in questions]}
     for turn in range(args.turns):
@@ -209,7 +225,7 @@ def measure(
         **row_products,
         "acceptance": acceptance(questions, runs["medusa"][-1]),
         "agreement": agreement(runs["plain"][-1], runs["medusa"][-1], sides["plain"])
-        if temperature == 0
+        if temperature == 0 and args.synthetic_acceptance is None
         else None,
         "further_sides": {
             name: {
@@ -234,6 +250,24 @@ def further_sides(given: list[str], heads: str) -> dict[str, dict]:
     return sides
 
 
+def synthetic_side(args: argparse.Namespace, speculative: dict, max_num_seqs: int) -> dict:
+    """Engine arguments under which a side's drafts are accepted by chance."""
+    nodes = args.nodes or MOST_NODES
+    tree = args.out.with_suffix(".tree.json")
+    heads = load_heads(args.heads).spec.num_heads
+    write_tree(tree, args.synthetic_acceptance, heads, nodes)
+    config = speculative | {"tree": str(tree), "adaptive": True, "num_speculative_tokens": nodes}
+    side = {
+        "speculative_config": config,
+        "worker_extension_cls": "synthetic_acceptance.SyntheticAcceptance",
+    }
+    if not torch.cuda.is_available():
+        # A CPU has no schedule of its own for a tree that is given; the largest batch is plain.
+        config["num_speculative_tokens_per_batch_size"] = [[1, max_num_seqs, nodes]]
+        side["max_num_seqs"] = max_num_seqs + 1
+    return side
+
+
 def document(
     args: argparse.Namespace, common: dict, speculative: dict, results: list[dict]
 ) -> dict[str, Any]:
@@ -251,6 +285,7 @@ def document(
         "label": args.label or Path(args.model).name,
         "heads": Path(args.heads).name,
         "further_sides": args.side,
+        "synthetic_acceptance": args.synthetic_acceptance,
         "turns": args.turns,
         "max_tokens": args.max_tokens,
         "rounds": args.rounds,
@@ -286,6 +321,9 @@ def main() -> None:
         speculative["num_speculative_tokens"] = args.nodes
     plain = {"per_request_spec_decode_metrics": "none"}
     extras: dict[str, dict] = {"plain": plain, "medusa": {"speculative_config": speculative}}
+    if args.synthetic_acceptance is not None:
+        extras["medusa"] = synthetic_side(args, speculative, common["max_num_seqs"])
+        speculative = extras["medusa"]["speculative_config"]
     extras |= further_sides(args.side, args.heads)
     if args.row_products:
         extras["row products"] = plain | {
@@ -296,7 +334,7 @@ def main() -> None:
     sides: dict[str, EngineProcess] = {}
     try:
         for name, extra in extras.items():
-            sides[name] = EngineProcess(name, common | extra)
+            sides[name] = EngineProcess(name, common | extra, benchmarks_on_path())
             # One after the other: each profiles free memory and times its steps while it starts.
             sides[name].wait_ready()
         print("all engines ready", flush=True)

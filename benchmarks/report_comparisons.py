@@ -15,9 +15,15 @@ def commits(record: dict[str, Any]) -> str:
     return f"commit {', '.join(found)}"
 
 
-def ratio(values: dict[str, float]) -> str:
+def ratio(values: dict[str, float], digits: int = 2) -> str:
     """Median and, in brackets, extremes of a ratio."""
-    return f"{values['median']:.2f} ({values['min']:.2f}-{values['max']:.2f})"
+    median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median} ({low}-{high})"
+
+
+def mean_ratio(values: dict[str, float]) -> str:
+    """Mean of a ratio near 1 with its standard error."""
+    return f"{values['mean']:.4f} ± {values['stdev'] / values['count'] ** 0.5:.4f}"
 
 
 def compare_section(path: Path) -> str:
@@ -100,17 +106,21 @@ def latency_section(path: Path) -> str:
     rows = []
     for cell in sorted(record["cells"], key=lambda cell: cell["key"]["concurrency"]):
         for name, side in cell["sides"].items():
-            first, over = side["first_token_ms"], cell["rate_over_first_side"].get(name)
+            first, speed = side["first_token_ms"], side["tokens_per_s"]
+            later = cell["first_token_over_first_side"].get(name)
+            over = cell["rate_over_first_side"].get(name)
             rows.append(
                 [
                     str(cell["key"]["concurrency"]), name, f"{first['median']:.1f}",
-                    f"{first['p90']:.1f}", f"{side['tokens_per_s']['median']:.1f}",
-                    "1" if over is None else ratio(over),
+                    f"{first['p90']:.1f}", "1" if later is None else ratio(later, 3),
+                    "-" if speed is None else f"{speed['median']:.1f}",
+                    "-" if speed is None else "1" if over is None else mean_ratio(over),
                 ]
             )  # fmt: skip
     base = record["sides"][0]
     header = [
-        "requests at once", "engine", "first token, ms: median", "p90", "tok/s", f"over {base}",
+        "requests at once", "engine", "first token, ms: median", "p90", f"over {base}",
+        "tok/s", f"over {base}: mean",
     ]  # fmt: skip
     text = (
         f"**Time to the first token, {record['label']} on {device(record)}**, streamed, first "

@@ -28,7 +28,16 @@ from vllm_medusa.verifier import TreeVerifier
 
 
 class TreeRunnerMixin:
-    """Mixed into vLLM's GPU and CPU V2 runners."""
+    """Mixed into vLLM's GPU and CPU V2 runners.
+
+    Attributes
+    ----------
+    verifier_class, step_class : type
+        What verifies launch by launch and as one graph; benchmarks put others here.
+    """
+
+    verifier_class: type[TreeVerifier] = TreeVerifier
+    step_class: type[VerificationStep] = VerificationStep
 
     def __init__(self, vllm_config: Any, device: torch.device):
         config = vllm_config.speculative_config
@@ -70,10 +79,10 @@ class TreeRunnerMixin:
         that away and brings back parameters and buffers of the models only.
         """
         if self.is_last_pp_rank and self.sampler is not None:
-            self.rejection_sampler = TreeVerifier(
+            self.rejection_sampler = self.verifier_class(
                 self.sampler, self.speculative_config, self.device, self.tree_batch
             )
-            self.verification_step = VerificationStep(self)
+            self.verification_step = self.step_class(self)
             self.speculator.verification_step = self.verification_step
             self.speculator.build_drafter()
 

@@ -224,7 +224,7 @@ class VerificationStep:
         tree_walk(
             walk,
             drawn,
-            runner.input_buffers.input_ids[: drawn.shape[0]],
+            self.row_tokens(drawn, cu_rows, slots),
             runner.input_buffers.positions[: drawn.shape[0]],
             cu_rows,
             runner.input_buffers.seq_lens[:num_reqs],
@@ -255,6 +255,15 @@ class VerificationStep:
             is_drafting=False,
             use_fp64=runner.sampler.use_fp64_gumbel,
         )
+
+    def row_tokens(
+        self,
+        drawn: torch.Tensor,  # [R * rows] int64
+        cu_rows: torch.Tensor,  # [R + 1] int32
+        slots: torch.Tensor,  # [R] int64
+    ) -> torch.Tensor:
+        """Token that the walk takes each row for, [R * rows] int32."""
+        return self.runner.input_buffers.input_ids[: drawn.shape[0]]
 
     def _outputs(self, num_reqs: int, hidden_states: torch.Tensor) -> WalkOutput:
         """Where the walk writes: tokens and counts into the step's output, the rest anew."""

@@ -28,6 +28,10 @@ from vllm_medusa.triton_kernels import (
     walk,
 )
 
+# A benchmark's.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import synthetic_kernel
+
 H100 = GPUTarget("cuda", 90, 32)
 
 ATTENTION = {
@@ -72,6 +76,8 @@ CHOICE |= dict.fromkeys(
      "fixed_parents", "fixed_depths", "chain_matches"), "*i32")  # fmt: skip
 CHOSEN = {"DEPTH": 4, "LENGTH": 0, "NUM_COLUMNS": 128, "NUM_NODES": 63, "PADDED_NODES": 64,
           "PADDED_CANDIDATES": 1024}  # fmt: skip
+CHILDREN = dict.fromkeys(("drawn", "positions", "slots", "seeds", "lowest", "highest"), "*i64")
+CHILDREN |= dict.fromkeys(("out_tokens", "tokens", "cu_rows", "parents"), "*i32")
 LOOKUP = {"chain": "*i64", "slots": "*i64"}
 LOOKUP |= dict.fromkeys(("matches", "keys", "counters", "history", "lengths"), "*i32")
 
@@ -123,6 +129,9 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
     "lookup by one program": (
         lookup._lookup_kernel, LOOKUP,
         {"LENGTH": 5, "PADDED_LENGTH": 8, "NUM_PROGRAMS": 1, "MAX_MATCH": 8, "BLOCK": 1024}, 4,
+    ),
+    "right children": (
+        synthetic_kernel._draw_children_kernel, CHILDREN, {"NUM_ROWS": 64, "PADDED_ROWS": 64}, 1
     ),
 }  # fmt: skip
 

@@ -179,20 +179,37 @@ def test_table_of_widths(tmp_path, monkeypatch):
     assert "| 512 | 2 | 10 | 20 | - | 19 | 7 | 0.95 |" in text
 
 
-def test_table_of_first_tokens(tmp_path, monkeypatch):
-    from bench_latency import summarise
+class Stopwatch:
+    """An engine whose answers take a known time."""
 
-    runs = [
-        {"seconds": 2.0, "answers": [{"first_token_seconds": t, "token_ids": [1] * 4}]}
-        for t in (0.010, 0.030)
-    ]
-    sides = {"stock": summarise(runs), "medusa": summarise(runs[:1])}
-    cell = {"key": {"concurrency": 1}, "git_sha": "abc", "sides": sides,
-            "rate_over_first_side": {"medusa": spread(1.25)}}  # fmt: skip
-    record = {"sides": list(sides), "cells": [cell]}
+    def __init__(self, first: float, seconds: float):
+        self.first, self.seconds, self.asked = first, seconds, []
+
+    def run(self, requests, sampling, level, stream):
+        self.asked.append((len(requests), sampling["max_tokens"], sampling.get("ignore_eos")))
+        answer = {"first_token_seconds": self.first, "token_ids": [1] * sampling["max_tokens"]}
+        return {"seconds": self.seconds, "answers": [answer] * len(requests)}
+
+
+def test_table_of_first_tokens(tmp_path, monkeypatch):
+    from argparse import Namespace
+
+    from bench_latency import line, measure
+
+    engines = {"stock": Stopwatch(0.01, 2.0), "plugin off": Stopwatch(0.01, 2.5),
+               "medusa": Stopwatch(0.02, 1.0)}  # fmt: skip
+    args = Namespace(num_questions=3, first_tokens=4, rate_questions=2, max_tokens=50, rounds=2)
+    found = measure(engines, [["a"], ["b"]], args, 2)
+    assert engines["stock"].asked == [(2, 24, None), *[(6, 4, None)] * 2, *[(2, 50, True)] * 2]
+    assert engines["medusa"].asked == [(2, 24, None), *[(6, 4, None)] * 2]
+    assert "medusa: first token 20.0 ms (p90 20.0), 2.000 times" in line(found)
+    assert "plugin off: first token 10.0 ms (p90 10.0), 1.000 times, 40.0 tok/s" in line(found)
+    cell = {"key": {"concurrency": 2}, "git_sha": "abc", **found}
+    record = {"sides": list(engines), "cells": [cell]}
     text = section("latency_section", record, tmp_path, monkeypatch)
-    assert "| 1 | stock | 20.0 | 30.0 | 2.0 | 1 |" in text
-    assert "| 1 | medusa | 10.0 | 10.0 | 2.0 | 1.25 (1.25-1.25) |" in text
+    assert "| 2 | stock | 10.0 | 10.0 | 1 | 50.0 | 1 |" in text
+    assert "| 2 | plugin off | 10.0 | 10.0 | 1.000 (1.000-1.000) | 40.0 | 0.8000 ± 0.0000 |" in text
+    assert "| 2 | medusa | 20.0 | 20.0 | 2.000 (2.000-2.000) | - | - |" in text
 
 
 def test_roofline(tmp_path, monkeypatch):
