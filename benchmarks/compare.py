@@ -132,12 +132,12 @@ def contenders(args: argparse.Namespace) -> dict[str, tuple[Callable[[], dict], 
         "suffix": (suffix, STOCK_V1),
         "draft": (draft, STOCK),
     }
-    chosen = {name: known[name] for name in args.sides}
+    chosen: dict[str, tuple[Callable[[], dict], dict[str, str]]] = {}
     for name, extra in further_sides(args.side, args.heads).items():
         config = extra["speculative_config"]
         own = config.get("method") == "medusa"
         chosen[name] = (functools.partial(dict, config), {} if own else STOCK)
-    return chosen
+    return chosen | {name: known[name] for name in args.sides}
 
 
 def steps_of(run: dict[str, Any]) -> dict[str, float]:
