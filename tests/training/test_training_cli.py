@@ -102,12 +102,12 @@ def test_conversations_that_the_model_cannot_read_are_counted(tmp_path, capsys):
 @pytest.mark.slow
 def test_compiled_layers_feed_the_heads_the_same():
     answers = tiny_base.counting_answers()
-    model = tiny_base.make_base(num_hidden_layers=3)
+    model = tiny_base.make_base(num_hidden_layers=5)
     plain = extract_hidden_states(model, answers, 2, 64)
     counters.clear()
     compiled = extract_hidden_states(compile_layers(model), answers, 2, 64)
-    # One graph for all layers and shapes.
-    assert counters["stats"]["unique_graphs"] == 1
+    # Not one a layer or shape; another where a batch holds one conversation.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
     torch.testing.assert_close(compiled.hidden, plain.hidden)
 
 
