@@ -165,8 +165,8 @@ def online(args: argparse.Namespace, base: Any, micro: int, device: str) -> dict
     with TemporaryDirectory(prefix="bench-training-") as folder:
         model = JointModel(base, heads, config)
         trainer = JointTrainer(config, model, data, folder, cpu=device == "cpu")
-        # Between measured parts no state is to be written.
-        trainer.save_state = lambda: None
+        # Between measured parts no state is to be written and nothing to be drawn.
+        trainer.save_state = trainer.log.plot = lambda: None
         found = measure(trainer, micro * args.answer_tokens, args.seconds, device)
     found["tokens_per_second_with_prompts"] = round(
         found["tokens_per_second"] * length / args.answer_tokens

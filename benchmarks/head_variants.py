@@ -27,20 +27,22 @@ import numpy as np
 import torch
 from greedy_answers import chosen_questions, own_answers
 from records import write_record
-from simulate_trees import QUESTIONS
+from simulate_trees import BUDGETS, QUESTIONS
 from transformers import AutoTokenizer
 from variant_bases import Base, first_answers, halves, rows_of
 from variant_eval import AnswerRanks, EvaluationJob, evaluate
 from variant_plan import OWN_BASE, VARIANTS, Variant, choose
+from variant_pools import places_in_pool
 from variant_training import held_out_losses, synchronise, train_heads, train_joint
 
+from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.training.base_model import (
     compile_layers,
     default_device,
     load_base,
     load_heads_for,
 )
-from vllm_medusa.training.calibrate import HeadRanks, rank_labels
+from vllm_medusa.training.calibrate import HeadRanks, rank_labels, search_tree
 from vllm_medusa.training.cli import HELD_OUT_FILE, read_answers
 from vllm_medusa.training.trainable_heads import TrainableHeads
 from vllm_medusa.tree_candidates import FIRST_RANKS
@@ -201,16 +203,28 @@ class Comparison:
         few = rows_of(held_out, 0, min(self.args.dynamic_answers, len(groups)))
         chosen = None if spec.sequential else self._rank(base, heads, few, True)
         ranks = self._rank(base, heads, base.hidden("test"), True)
+        known = self._rank(base, heads, calibration)
+        places = self._places(base, heads, known, ranks) if spec.sequential else None
         tests = {
             "held_out": AnswerRanks(self._rank(base, heads, held_out), groups, chosen),
-            "mt_bench": AnswerRanks(ranks, base.test.questions, ranks),
+            "mt_bench": AnswerRanks(ranks, base.test.questions, ranks, places),
         }
-        job = EvaluationJob(self.args.work_dir / name, self._rank(base, heads, calibration), tests)
+        job = EvaluationJob(self.args.work_dir / name, known, tests)
         self.running[name] = self.pool.submit(evaluate, job)
         self.phase(name, ranked_in=round(time.monotonic() - started, 1),
                    rate=found.get("tokens_per_second"),
                    losses=self.record["variants"][name]["held_out_losses"])  # fmt: skip
         self.collect()
+
+    def _places(
+        self, base: Base, heads: TrainableHeads, known: HeadRanks, ranks: HeadRanks
+    ) -> np.ndarray:
+        weights = heads.to_weights(base.lm_head.shape[0], base.lm_head.dtype)
+        return places_in_pool(
+            MedusaHeads.from_weights(weights, base.lm_head.device),
+            search_tree(known, BUDGETS[-1]).paths, base.hidden("test"), ranks.ranks,
+            base.embeddings, base.lm_head,
+        )  # fmt: skip
 
     def _rank(
         self, base: Base, heads: TrainableHeads, data: Any, log_probs: bool = False

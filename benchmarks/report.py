@@ -1,7 +1,7 @@
 """Write README's tables from the JSON records in benchmarks/results.
 
-    python benchmarks/report.py            # rewrites the marked sections of README.md
-    python benchmarks/report.py --check    # fails when README is out of date
+python benchmarks/report.py            # rewrites the marked sections of README.md
+python benchmarks/report.py --check    # fails when README is out of date
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from report_comparisons import compare_section, latency_section, roofline_section, widths_section
+from report_heads import (
+    compared_heads_section,
+    heads_section,
+    training_section,
+    training_speed_section,
+)
 from report_tables import RESULTS, ROOT, device, measured_table, median_of, shown_command, table
 
 HEADS = ROOT / "vllm_medusa" / "assets" / "smollm2-135m-instruct"
@@ -204,19 +210,6 @@ def walk_section(path: Path) -> str:
     return measured_table(text, path, record, header, rows)
 
 
-def heads_section() -> str:
-    """What the shipped heads reach in simulation."""
-    record = json.loads((HEADS / "training.json").read_text())
-    found = record["mt_bench"]["tokens_per_step"]
-    rows = [[str(nodes), f"{value:.2f}"] for nodes, value in found.items()]
-    return (
-        "**Shipped heads** (SmolLM2-135M-Instruct, shared lm_head), tokens per step on the 80 "
-        "MT-Bench questions, simulated exactly under greedy verification, by node budget; "
-        "`vllm_medusa/assets/smollm2-135m-instruct/training.json`:\n\n"
-        + table(["nodes", "tokens per step"], rows)
-    )
-
-
 def chosen_trees_section(path: Path) -> str:
     """Trees chosen at every step beside the calibrated one, simulated."""
     record = json.loads(path.read_text())
@@ -284,6 +277,15 @@ def refusals_section() -> str:
     return table(["feature", "status", "tested by"], rows)
 
 
+def heads_parts() -> list[str]:
+    """Tables of trained heads; a record may have none of its kind yet."""
+    variants = sorted(RESULTS.glob("*_head_variants*.json"))
+    parts = [compared_heads_section(p) for p in [*RESULTS.glob("*_compared_heads.json"), *variants]]
+    parts += [training_section(path) for path in variants]
+    parts += [training_speed_section(path) for path in sorted(RESULTS.glob("*_training.json"))]
+    return [part for part in parts if part]
+
+
 def results_section() -> str:
     """All measured tables, in a fixed order."""
     parts = [serving_section(path) for path in sorted(RESULTS.glob("*serving*.json"))]
@@ -292,7 +294,8 @@ def results_section() -> str:
     parts += [latency_section(path) for path in sorted(RESULTS.glob("*_latency.json"))]
     parts += [roofline_section(path) for path in sorted(RESULTS.glob("*_roofline.json"))]
     parts += [serve_section(path) for path in sorted(RESULTS.glob("*_serve.json"))]
-    parts.append(heads_section())
+    parts.append(heads_section(HEADS))
+    parts += heads_parts()
     parts += [chosen_trees_section(path) for path in sorted(RESULTS.glob("*_chosen_trees.json"))]
     parts += [attention_section(path) for path in sorted(RESULTS.glob("*_tree_attention.json"))]
     parts += [compaction_section(path) for path in sorted(RESULTS.glob("*_kv_compaction.json"))]

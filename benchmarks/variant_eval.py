@@ -24,6 +24,8 @@ class AnswerRanks:
     groups: np.ndarray
     # the first answers once more, with the log probabilities that trees are chosen by
     chosen: HeadRanks | None = None
+    # of sequential heads, all answers: places of the right nodes, as pool_places tells them
+    places: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ def _static(test: AnswerRanks, paths: tuple[tuple[int, ...], ...]) -> dict[str, 
 
 def _dynamic(test: AnswerRanks) -> dict[str, Any]:
     """Trees chosen at every step, on the answers whose log probabilities are known."""
+    if test.places is not None:
+        depths = {nodes: (test.places < nodes).sum(1) for nodes in BUDGETS}
+        return {"dynamic": {str(n): _row(found, test) for n, found in depths.items()}}
     ranks = test.chosen
     if ranks is None or ranks.log_probs is None:
         return {}

@@ -91,13 +91,16 @@ def train_joint(
     tokens = steps * config.batch_size * answers.num_answer_tokens / max(len(answers), 1)
     return model.heads, changed, {
         "config": dataclasses.asdict(config), "steps": steps, **trained,
-        "tokens": round(tokens), "tokens_per_second": round(tokens / max(seconds, 1e-9)),
+        "training_rows": answers.num_answer_tokens, "tokens": round(tokens),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9)),
         "history": rows[:: max(1, len(rows) // 20)] + rows[-1:],
     }  # fmt: skip
 
 
 def _run_for(trainer: JointTrainer, seconds: float, device: torch.device) -> dict[str, float]:
     """Train for about ``seconds``: a few steps are timed, then the total is set."""
+    # Neither states nor plots are wanted, and they would count as steps' time.
+    trainer.save_state = trainer.log.plot = lambda: None
     started = time.monotonic()
     wanted = trainer.total_steps
     trainer.train(until_step=TIMED_STEPS)

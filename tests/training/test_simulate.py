@@ -19,6 +19,7 @@ from vllm_medusa.training.simulate import (
     accepted_shares,
     chosen_places,
     per_conversation,
+    pool_places,
     simulate_budgets,
     simulate_chosen,
     visited_rows,
@@ -227,3 +228,14 @@ def test_product_search_is_optimal_against_all_trees(size):
     best = max(TokenTree.from_paths(t).expected_tokens(table) for t in _trees(3, 2, size))
     assert found.expected_tokens(table) == pytest.approx(best)
     assert TokenTree.best_first(table, 5).paths[:size] == found.paths
+
+
+def test_places_in_a_pool_are_those_of_chosen_trees_where_heads_ignore_the_path():
+    rng = np.random.default_rng(4)
+    ranks = rng.integers(-1, 4, (50, 3))
+    log_probs = np.sort(np.log(rng.dirichlet(np.ones(4), (50, 3)).astype(np.float32)))[..., ::-1]
+    paths = [p for d in (1, 2, 3) for p in itertools.product(range(4), repeat=d)]
+    of_nodes = np.stack([log_probs[:, len(p) - 1, p[-1]] for p in paths], 1)
+    found = pool_places(ranks, of_nodes.copy(), paths)
+    wanted = chosen_places(ranks, np.ascontiguousarray(log_probs), 20, (1, 1, 1))
+    assert np.array_equal(np.minimum(found, 20), wanted)

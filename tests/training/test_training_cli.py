@@ -5,13 +5,23 @@ import json
 
 import numpy as np
 import pytest
+import tiny_base
 import torch
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_medusa.checkpoint import load_heads
-from vllm_medusa.training.cli import add_calibrate_parser, add_distill_parser, add_train_parser
+from vllm_medusa.training.base_model import compile_layers
+from vllm_medusa.training.cli import (
+    add_calibrate_parser,
+    add_distill_parser,
+    add_train_parser,
+    read_answers,
+)
 from vllm_medusa.training.config import TrainConfig
 from vllm_medusa.training.conversations import ConversationSet
+from vllm_medusa.training.hidden_states import extract_hidden_states
+from vllm_medusa.training.joint_config import JointConfig
 from vllm_medusa.tree import TokenTree
 
 RUN_OPTIONS = ["--num-heads", "2", "--num-layers", "1", "--batch-tokens", "64", "--epochs", "2",
@@ -73,3 +83,37 @@ def test_resume_keeps_the_folders_settings(base, tmp_path):
     assert torch.equal(load_heads(tmp_path).weight, weights)
     with pytest.raises(ValueError, match=r"--num-layers is 4, but the run in .* began with 1"):
         _run(*common, "--resume", "--num-layers", "4")
+
+
+def test_conversations_that_the_model_cannot_read_are_counted(tmp_path, capsys):
+    LlamaConfig(max_position_embeddings=5).save_pretrained(tmp_path)
+    path = tmp_path / "a.safetensors"
+    ConversationSet.from_pairs([([1], [2] * 4), ([1], [2] * 5), ([1, 1], [3])]).save(path)
+    answers = read_answers([path], str(tmp_path))
+    assert "1 conversations left out (longer than the model's 5 positions)" in (
+        capsys.readouterr().out
+    )
+    assert [answers.tokens(i).tolist() for i in range(len(answers))] == [[1, 2, 2, 2, 2], [1, 1, 3]]
+    ConversationSet.from_pairs([([1], [2] * 9)]).save(path)
+    with pytest.raises(ValueError, match="all 1 conversations are longer than 5 tokens"):
+        read_answers([path], str(tmp_path))
+
+
+@pytest.mark.slow
+def test_compiled_layers_feed_the_heads_the_same():
+    answers = tiny_base.counting_answers()
+    model = tiny_base.make_base(num_hidden_layers=5)
+    plain = extract_hidden_states(model, answers, 2, 64)
+    counters.clear()
+    compiled = extract_hidden_states(compile_layers(model), answers, 2, 64)
+    # Not one a layer or shape; another where a batch holds one conversation.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    torch.testing.assert_close(compiled.hidden, plain.hidden)
+
+
+def test_a_model_without_named_layers_is_not_compiled():
+    with pytest.raises(ValueError, match="compile_base: Linear does not name the class"):
+        compile_layers(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="compile_base is True; expected false with a joint"):
+        JointConfig(compile_base=True)
+    assert JointConfig(compile_base=True, joint_epochs=0).compile_base

@@ -182,9 +182,21 @@ def read_answers(paths: Sequence[str | Path], model: str) -> "ConversationSet":
 
         tokenizer = AutoTokenizer.from_pretrained(model)
     answers, skipped = load_answers(paths, tokenizer)
+    positions = _positions_of(model)
+    if positions is not None:
+        answers, longer = answers.up_to(positions)
+        skipped[f"longer than the model's {positions} positions"] += longer
     for reason, count in skipped.items():
-        print(f"{count} conversations left out ({reason})")
+        if count:
+            print(f"{count} conversations left out ({reason})")
     return answers
+
+
+def _positions_of(model: str) -> int | None:
+    """Positions that a model was made for, where its configuration tells."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
 
 
 def run_train(arguments: argparse.Namespace) -> None:

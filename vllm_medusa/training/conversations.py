@@ -81,6 +81,19 @@ class ConversationSet:
             self.token_ids[flat], self.answer_mask[flat], np.cumsum([0, *lengths], dtype=np.int64)
         )
 
+    def up_to(self, length: int) -> tuple["ConversationSet", int]:
+        """Conversations of at most ``length`` tokens, and how many are longer; not all may be."""
+        fits = np.diff(self.offsets) <= length
+        longer = int((~fits).sum())
+        if not longer:
+            return self, 0
+        if longer == len(self):
+            raise ValueError(
+                f"all {len(self)} conversations are longer than {length} tokens; expected some "
+                "that the model can read whole. Cut them into shorter ones"
+            )
+        return self.select(np.flatnonzero(fits)), longer
+
     def split(self, held_out: int, seed: int) -> tuple["ConversationSet", "ConversationSet"]:
         """Random split into ``(training, held_out)``.
 

@@ -199,6 +199,36 @@ def chosen_places(
     return places
 
 
+def pool_places(
+    # [rows, num_heads] int, MISSED where wrong
+    ranks: np.ndarray,
+    # [rows, nodes] float32, log probability of every node behind its parent
+    log_probs: np.ndarray,
+    # best-first tree, parents before their children
+    paths: Sequence[Path_],
+) -> np.ndarray:
+    """The same for sequential heads, whose likeliest nodes of a fixed tree are chosen.
+
+    >>> log_probs = np.log(np.array([[0.3, 0.6, 0.9]], np.float32))
+    >>> pool_places(np.array([[1, -1]]), log_probs, [(0,), (1,), (0, 0)]).tolist()
+    [[0, 3]]
+    """
+    index = {path: node for node, path in enumerate(paths)}
+    costs = -log_probs
+    # A parent's cost is whole before its children's.
+    for node, path in enumerate(paths):
+        if len(path) > 1:
+            costs[:, node] += costs[:, index[path[:-1]]]
+    right = _candidates_of(ranks, paths)
+    places = np.full(ranks.shape, len(paths), np.int64)
+    for depth in range(ranks.shape[1]):
+        own = right[:, depth, None]
+        cost = np.take_along_axis(costs, np.maximum(own, 0), 1)
+        before = (costs < cost) | ((costs == cost) & (np.arange(len(paths)) < own))
+        places[:, depth] = np.where(own[:, 0] >= 0, before.sum(1), len(paths))
+    return places
+
+
 def _candidates_of(ranks: np.ndarray, paths: Sequence[Path_]) -> np.ndarray:
     """[rows, num_heads] index of each row's path of every length among ``paths``, or -1."""
     found = np.full(ranks.shape, -1, np.int64)
