@@ -5,7 +5,8 @@
 Plain vLLM answers MT-Bench questions greedily.  Under greedy verification those answers decide
 which nodes of a tree are accepted, so one pass of the model over them tells the steps that any
 tree takes: the calibrated one beside the heads, cut to each budget, the likeliest paths by the
-heads' probabilities at the step, and the same with the served weights of the later heads.
+heads' probabilities at the step, and the same with the served weights of the later heads; and
+these with the continuation that a request's own history proposes (see ``simulate_lookup``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 
 import numpy as np
 from records import write_record
+from simulate_lookup import find_continuations, merged_depths
 
+from vllm_medusa.config import DEFAULT_LOOKUP
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.training.acceptance import bootstrap_interval
 from vllm_medusa.training.base_model import load_base, load_heads_for
@@ -49,8 +52,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def answer_and_rank(args: argparse.Namespace) -> HeadRanks:
-    """The model's own first answers, and what every head thinks of their tokens."""
+Pairs = list[tuple[list[int], list[int]]]
+
+
+def answer_and_rank(args: argparse.Namespace) -> tuple[HeadRanks, Pairs]:
+    """What every head thinks of the tokens of the model's own first answers, and these."""
     prompts = choose_prompts(read_prompts(args.questions).prompts, args.num_questions)
     engine = {"model": args.model, "dtype": args.dtype, "max_model_len": args.max_model_len}
     run = serve_prompts(engine, prompts, {"temperature": 0.0, "max_tokens": args.max_tokens})
@@ -60,7 +66,8 @@ def answer_and_rank(args: argparse.Namespace) -> HeadRanks:
     model = load_base(args.model, args.dtype, args.device)
     heads = MedusaHeads.from_weights(load_heads_for(model, args.heads), model.device)
     answers = ConversationSet.from_pairs(firsts.values())
-    return rank_answers(model, heads, answers, FIRST_RANKS, with_log_probs=True)
+    ranks = rank_answers(model, heads, answers, FIRST_RANKS, with_log_probs=True)
+    return ranks, list(firsts.values())
 
 
 def steps_by_question(depths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -69,8 +76,9 @@ def steps_by_question(depths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.histogram(rows, offsets)[0]
 
 
-def compare(ranks: HeadRanks, tree: TokenTree) -> list[dict[str, Any]]:
+def compare(ranks: HeadRanks, tree: TokenTree, pairs: Pairs) -> list[dict[str, Any]]:
     """Tokens per step of every kind of tree, by budget."""
+    found_before = find_continuations(pairs, DEFAULT_LOOKUP)
     tokens = np.diff(ranks.offsets) - 1
     num_heads = ranks.ranks.shape[1]
     places = {
@@ -81,6 +89,7 @@ def compare(ranks: HeadRanks, tree: TokenTree) -> list[dict[str, Any]]:
     for budget in BUDGETS:
         depths = {"calibrated": accepted_depths(ranks.ranks, tree.paths[:budget])}
         depths |= {name: (found < budget).sum(1) for name, found in places.items()}
+        depths |= merged_depths(ranks, found_before, budget)
         row: dict[str, Any] = {"nodes": budget}
         for name, found in depths.items():
             steps = steps_by_question(found, ranks.offsets)
@@ -89,7 +98,7 @@ def compare(ranks: HeadRanks, tree: TokenTree) -> list[dict[str, Any]]:
                 "interval": bootstrap_interval(tokens.tolist(), steps.tolist(), RESAMPLES, 0),
                 "accepted_by_depth": [
                     float((found[visited_rows(found, ranks.offsets)[0]] >= depth).mean())
-                    for depth in range(1, num_heads + 1)
+                    for depth in range(1, max(num_heads, int(found.max(initial=0))) + 1)
                 ],
             }
         rows.append(row)
@@ -100,10 +109,10 @@ def main() -> None:
     """Answer, rank, simulate, print, record."""
     args = parse_args()
     tree = TokenTree.load(Path(args.heads) / "tree.json")
-    ranks = answer_and_rank(args)
+    ranks, pairs = answer_and_rank(args)
     if args.rows is not None:
         np.savez(args.rows, ranks=ranks.ranks, log_probs=ranks.log_probs, offsets=ranks.offsets)
-    rows = compare(ranks, tree)
+    rows = compare(ranks, tree, pairs)
     for row in rows:
         cells = [f"{k} {v['tokens_per_step']:.3f}" for k, v in row.items() if k != "nodes"]
         print(f"{row['nodes']:>3} nodes: " + ", ".join(cells), flush=True)

@@ -8,6 +8,8 @@ and the likeliest of both make the tree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -19,8 +21,15 @@ from vllm_medusa.kernels import MAX_MATCH, Chains, LookupWorkspace, lookup_chain
 SHARES = (0.22, 0.52, 0.63, 0.70, 0.80, 0.80, 0.82, 0.95)
 
 
-def chain_costs(length: int) -> np.ndarray:
+def chain_costs(length: int, shares: Sequence[float] = SHARES) -> np.ndarray:
     """Negative log probability of a continuation's first tokens, by the tokens that matched.
+
+    Parameters
+    ----------
+    length : int
+        Tokens of the continuation.
+    shares : sequence of float
+        Share of the next tokens that are right behind a match of 1, 2, .. :data:`MAX_MATCH`.
 
     Returns
     -------
@@ -35,7 +44,7 @@ def chain_costs(length: int) -> np.ndarray:
     costs = np.full((MAX_MATCH + 1, length), np.inf, np.float32)
     for match in range(1, MAX_MATCH + 1):
         matched = np.minimum(match + np.arange(length), MAX_MATCH)
-        costs[match] = np.cumsum(-np.log(np.take(SHARES, matched - 1)), dtype=np.float32)
+        costs[match] = np.cumsum(-np.log(np.take(shares, matched - 1)), dtype=np.float32)
     return costs
 
 

@@ -64,7 +64,9 @@ class TreeSchedulerMixin:
             logger.info("Medusa: no times of steps found here; nodes follow the fixed schedule")
             return None
         choices = {1, *config.row_counts(self.max_num_running_reqs)}
-        budget = NodeBudget(config.node_frequencies, [rows - 1 for rows in choices], costs)
+        budget = NodeBudget(
+            config.node_frequencies, [rows - 1 for rows in choices], costs, self._chosen_depths
+        )
         self.dynamic_sd_lookup = lookup = PricedLookup(budget, self.dynamic_sd_lookup)
         sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < len(lookup)]
         logger.info("Medusa: nodes by batch size %s", {size: lookup[size] for size in sizes})

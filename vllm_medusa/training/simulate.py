@@ -181,7 +181,7 @@ def chosen_places(
     factors = np.array(head_weights(num_heads) if weights is None else weights, np.float32)
     paths = candidate_paths(num_nodes, head_ranks(num_nodes, num_heads, num_ranks))
     columns, _ = candidate_tables(paths, num_heads, num_ranks)
-    right = _candidates_of(ranks, paths)
+    right = candidates_of(ranks, paths)
     places = np.full((num_rows, num_heads), num_nodes, np.int64)
     at_once = max(1, _COSTS_AT_ONCE // len(paths))
     for start in range(0, num_rows, at_once):
@@ -219,7 +219,7 @@ def pool_places(
     for node, path in enumerate(paths):
         if len(path) > 1:
             costs[:, node] += costs[:, index[path[:-1]]]
-    right = _candidates_of(ranks, paths)
+    right = candidates_of(ranks, paths)
     places = np.full(ranks.shape, len(paths), np.int64)
     for depth in range(ranks.shape[1]):
         own = right[:, depth, None]
@@ -229,7 +229,7 @@ def pool_places(
     return places
 
 
-def _candidates_of(ranks: np.ndarray, paths: Sequence[Path_]) -> np.ndarray:
+def candidates_of(ranks: np.ndarray, paths: Sequence[Path_]) -> np.ndarray:
     """[rows, num_heads] index of each row's path of every length among ``paths``, or -1."""
     found = np.full(ranks.shape, -1, np.int64)
     index = {path: place for place, path in enumerate(paths)}
