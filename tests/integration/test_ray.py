@@ -6,6 +6,7 @@ gives vLLM a CPU platform that counts them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -69,9 +70,9 @@ class Cluster:
         for node in reversed(self.nodes):
             node.terminate()
         for node in self.nodes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 node.wait(30)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
 
 
@@ -113,6 +114,19 @@ def test_ray_workers_return_what_one_worker_returns(tiny, run_series, cluster_en
         assert token_ids(results[name]) == token_ids(results["one"])
         assert results[name]["counters"] == results["one"]["counters"]
         assert min(results[name]["accepted"]) > 50
+
+
+def test_replicas_on_ray_return_what_one_worker_returns(
+    tiny, run_series, run_replicas, cluster_env, new_cluster
+):
+    cluster = new_cluster()
+    cluster.start(["head"], num_gpus=2)
+    env = cluster_env | QUIET | {"RAY_ADDRESS": cluster.address}
+    found = run_replicas(job(tiny, data_parallel_size=2, data_parallel_backend="ray"), env)
+    expected = run_series({"one": job(tiny)}, cluster_env)["one"]
+    assert token_ids(found) == token_ids(expected)
+    # Both replicas drafted, and got what they drafted accepted.
+    assert sorted(found["accepted"]) == ["0", "1"] and min(found["accepted"].values()) > 50
 
 
 # Ray puts the driver's import path before a node's own, so what a node lacks is taken out when
@@ -241,6 +255,7 @@ def test_serve_application_answers_as_one_worker(
     env = cluster.env | {"RAY_ADDRESS": cluster.address}
     options = [f"model={model}", f"heads={tiny['heads']}", "nodes=8", "dtype=float32"]
     options += ["max_model_len=256", "enforce_eager=true", "tensor_parallel_size=2"]
+    options += ["kv_cache_memory_bytes=67108864"]
     command = [sys.executable, "-m", "ray.serve.scripts", "run", "examples.ray_serve_app:build"]
     log = (tmp_path / "serve.log").open("w")
     server = subprocess.Popen([*command, *options], cwd=ROOT, env=env, stdout=log, stderr=log)
