@@ -143,19 +143,36 @@ SPOILT = {
 }
 
 
+def cluster_with_a_spoilt_node(new_cluster, cluster_env, folder: Path, source: str) -> Cluster:
+    """Two nodes; ``source`` runs when a Python of the second one starts."""
+    (folder / "sitecustomize.py").write_text(source)
+    cluster = new_cluster()
+    cluster.start(["head"], num_gpus=1)
+    paths = os.pathsep.join([str(folder), cluster_env["PYTHONPATH"]])
+    cluster.start(["worker", cluster.address], num_gpus=1, PYTHONPATH=paths)
+    return cluster
+
+
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_a_node_that_cannot_run_the_workers_is_named(
     tiny, run_series, cluster_env, new_cluster, tmp_path, spoilt
 ):
     source, expected = SPOILT[spoilt]
-    (tmp_path / "sitecustomize.py").write_text(source)
-    cluster = new_cluster()
-    cluster.start(["head"], num_gpus=1)
-    paths = os.pathsep.join([str(tmp_path), cluster_env["PYTHONPATH"]])
-    cluster.start(["worker", cluster.address], num_gpus=1, PYTHONPATH=paths)
+    cluster = cluster_with_a_spoilt_node(new_cluster, cluster_env, tmp_path, source)
     jobs = {"two": ray_job(tiny, **TWO["tensor"])}
     results = run_series(jobs, cluster_env | QUIET | {"RAY_ADDRESS": cluster.address})
     error = results["two"]["error"]
+    assert error.startswith("ValueError: Ray node ") and expected in error, error
+
+
+def test_a_node_that_cannot_run_a_replica_is_named(
+    tiny, run_replicas, cluster_env, new_cluster, tmp_path
+):
+    source, expected = SPOILT["no package"]
+    cluster = cluster_with_a_spoilt_node(new_cluster, cluster_env, tmp_path, source)
+    options = {"data_parallel_size": 2, "data_parallel_size_local": 1}
+    wanted = job(tiny, data_parallel_backend="ray", **options)
+    error = run_replicas(wanted, cluster_env | QUIET | {"RAY_ADDRESS": cluster.address})["error"]
     assert error.startswith("ValueError: Ray node ") and expected in error, error
 
 
