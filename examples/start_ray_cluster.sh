@@ -39,4 +39,5 @@ for name in ("ray", "vllm-medusa"):
         sys.exit(f"{name} is not installed for {sys.executable}; pip install it on this node")
 CHECK
 
-"$python" -m ray.scripts.scripts start "${args[@]}"
+# In this process's place: what ends the script ends the node (with --block in RAY_ARGS).
+exec "$python" -m ray.scripts.scripts start "${args[@]}"

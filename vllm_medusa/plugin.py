@@ -41,9 +41,12 @@ def register() -> None:
 def before_engine_args() -> None:
     """Prepare ``LLM(speculative_model=...)``; returns no platform, so vLLM picks its own.
 
-    Called while vLLM is half imported: nothing here may import more of it.
+    Called while vLLM is half imported: nothing here may import more of it.  An engine's front end
+    is prepared here too: Ray Serve makes its config in another process, and vLLM loads no general
+    plugin where it makes none.
     """
     from vllm_medusa import vllm_seams
+    from vllm_medusa.import_watch import after_import
 
     def merge(speculative_config: dict | None, value: str) -> dict:
         from vllm_medusa.front_end import merge_speculative_model
@@ -52,3 +55,4 @@ def before_engine_args() -> None:
 
     if vllm_seams.is_supported():
         vllm_seams.install_keyword(merge)
+        after_import("vllm.v1.engine.async_llm", lambda module: register())

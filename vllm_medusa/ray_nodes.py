@@ -79,13 +79,15 @@ def complaint(report: dict[str, Any], medusa_version: str, vllm_version: str) ->
     return None
 
 
-def check_nodes(parallel_config: Any) -> None:
+def check_nodes(parallel_config: Any, placement_groups: list[Any]) -> None:
     """Ask every node on which a worker will run.
 
     Parameters
     ----------
     parallel_config : vllm.config.ParallelConfig
-        With its placement group; nothing is asked for another worker class than ours.
+        Nothing is asked for another worker class than ours.
+    placement_groups : list of ray.util.placement_group.PlacementGroup
+        Where Ray will start the workers, or one engine of several with its workers each.
 
     Raises
     ------
@@ -96,15 +98,15 @@ def check_nodes(parallel_config: Any) -> None:
         return
     from vllm_medusa import __version__, vllm_seams
 
-    reports = ask_nodes(parallel_config.placement_group, parallel_config.ray_runtime_env)
+    reports = ask_nodes(placement_groups, parallel_config.ray_runtime_env)
     for report in reports:
         found = complaint(report, __version__, vllm_seams.vllm_version())
         if found:
             raise ValueError(found)
 
 
-def ask_nodes(placement_group: Any, runtime_env: Any) -> list[dict[str, Any]]:
-    """One report of every node in a placement group, made in a process as workers get it."""
+def ask_nodes(placement_groups: list[Any], runtime_env: Any) -> list[dict[str, Any]]:
+    """One report of every node in placement groups, made in a process as workers get it."""
     import ray
     from ray.util.placement_group import placement_group_table
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -135,7 +137,10 @@ def ask_nodes(placement_group: Any, runtime_env: Any) -> list[dict[str, Any]]:
             "python": sys.executable,
         }
 
-    nodes = sorted(set(placement_group_table(placement_group)["bundles_to_node_id"].values()))
+    for group in placement_groups:
+        group.wait(ANSWER_TIMEOUT_S)  # those of replicas may still be waiting for their places
+    tables = [placement_group_table(group) for group in placement_groups]
+    nodes = sorted({n for table in tables for n in table["bundles_to_node_id"].values()})
     remote = ray.remote(num_cpus=0, max_retries=0)(report)
     asked = {
         node: remote.options(

@@ -40,6 +40,10 @@ def platform() -> str | None:
 
 def misbehave() -> None:
     """Entry point of ``vllm.general_plugins``: spoil what this process was asked to spoil."""
+    import dummy_steps
+
+    if os.environ.get(dummy_steps.VARIABLE):
+        dummy_steps.watch()
     what = os.environ.get(MISBEHAVIOUR)
     if what == "earlier stages do not compact":
         _keep_earlier_stages_from_compacting()

@@ -113,7 +113,7 @@ def _run_script(
     results = json.loads(target.read_text()) if target.exists() else {}
     # An engine that failed may end its process as it likes: vLLM's Ray executor looks for the
     # actors that it has killed once more, and exits with an error of its own.
-    failed = any(isinstance(r, dict) and "error" in r for r in results.values())
+    failed = any(isinstance(r, dict) and "error" in r for r in (results, *results.values()))
     if not results or (process.returncode != 0 and not failed):
         pytest.fail(f"{script} failed:\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
     return results

@@ -3,7 +3,8 @@
     python dp_job.py JOB.json RESULT.json
 
 JOB: {"engine": {AsyncEngineArgs}, "batches": [{"prompts": [[ids]], "sampling": [{...}]}],
-"plain_v2": bool}.  RESULT: {"batches": [[{"token_ids"}]], "accepted": int} or {"error"}.
+"plain_v2": bool}.  RESULT: {"batches": [[{"token_ids"}]], "accepted": {replica: drafts}} or
+{"error"}.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ async def answer(engine, name: str, prompt: list[int], params) -> list[int]:
     return list(last.outputs[0].token_ids)
 
 
+def accepted() -> dict[str, int]:
+    """Accepted drafts of every replica, as Prometheus has them."""
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    name = "vllm:spec_decode_num_accepted_tokens"
+    return {m.labels["engine"]: m.value for m in get_metrics_snapshot() if m.name == name}
+
+
 async def run(job: dict) -> dict:
     """All batches, each at once; a batch of one request leaves the other replica idle."""
     from vllm import SamplingParams
@@ -46,7 +55,7 @@ async def run(job: dict) -> dict:
                 )
             )
             batches.append([{"token_ids": ids} for ids in found])
-        return {"batches": batches}
+        return {"batches": batches, "accepted": accepted()}
     finally:
         engine.shutdown()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 import cluster_plugin
+import dummy_steps
+import families
 import pytest
 import traffic
 from test_families import ENGINE, token_ids
@@ -86,3 +88,39 @@ def test_two_replicas_return_what_one_returns(tiny, run_replicas, cluster_env, r
     found = token_ids(run_replicas(wanted | {"batches": [*wanted["batches"], alone]}, cluster_env))
     expected = token_ids(results["one"])
     assert found == [*expected, expected[0][:1]]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> dict[str, str]:
+    """Paths of a tiny mixture of experts and of heads fitted to it."""
+    root = tmp_path_factory.mktemp("experts")
+    families.fit_family_heads(families.make_family("mixtral", root / "model"), root / "heads")
+    return {"model": str(root / "model"), "heads": str(root / "heads")}
+
+
+def expert_env(cluster_env: dict[str, str], folder) -> dict[str, str]:
+    """With the collectives that vLLM lacks on a CPU, and a watch on dummy steps."""
+    return cluster_env | {
+        cluster_plugin.EXPERTS_VARIABLE: "1",
+        dummy_steps.VARIABLE: str(folder),
+    }
+
+
+def test_experts_of_two_replicas_return_what_one_worker_returns(
+    experts, run_series, run_replicas, cluster_env, tmp_path
+):
+    """Experts are dealt out to the ranks; the last batches are one request, so one rank idles."""
+    wanted = job(experts, data_parallel_size=2, enable_expert_parallel=True)
+    first = wanted["batches"][0]
+    alone = {"prompts": first["prompts"][:1], "sampling": first["sampling"][:1]}
+    wanted["batches"] = [*wanted["batches"], alone, first]
+    found = run_replicas(wanted, expert_env(cluster_env, tmp_path))
+    expected = run_series({"one": job(experts)}, cluster_env)["one"]
+    greedy, seeded = token_ids(expected)
+    assert token_ids(found) == [greedy, seeded, greedy[:1], greedy]
+    assert sorted(found["accepted"]) == ["0", "1"] and min(found["accepted"].values()) > 50
+    seen = dummy_steps.reports(tmp_path).values()
+    assert sum(report["steps"] for report in seen) > 10
+    for report in seen:
+        assert report["trees"] == report["drafted"] == report["steps"]
+        assert report["changed"] == []

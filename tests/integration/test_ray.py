@@ -6,6 +6,7 @@ gives vLLM a CPU platform that counts them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -69,9 +70,9 @@ class Cluster:
         for node in reversed(self.nodes):
             node.terminate()
         for node in self.nodes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 node.wait(30)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
 
 
@@ -115,6 +116,19 @@ def test_ray_workers_return_what_one_worker_returns(tiny, run_series, cluster_en
         assert min(results[name]["accepted"]) > 50
 
 
+def test_replicas_on_ray_return_what_one_worker_returns(
+    tiny, run_series, run_replicas, cluster_env, new_cluster
+):
+    cluster = new_cluster()
+    cluster.start(["head"], num_gpus=2)
+    env = cluster_env | QUIET | {"RAY_ADDRESS": cluster.address}
+    found = run_replicas(job(tiny, data_parallel_size=2, data_parallel_backend="ray"), env)
+    expected = run_series({"one": job(tiny)}, cluster_env)["one"]
+    assert token_ids(found) == token_ids(expected)
+    # Both replicas drafted, and got what they drafted accepted.
+    assert sorted(found["accepted"]) == ["0", "1"] and min(found["accepted"].values()) > 50
+
+
 # Ray puts the driver's import path before a node's own, so what a node lacks is taken out when
 # its Pythons start.
 SPOILT = {
@@ -129,19 +143,36 @@ SPOILT = {
 }
 
 
+def cluster_with_a_spoilt_node(new_cluster, cluster_env, folder: Path, source: str) -> Cluster:
+    """Two nodes; ``source`` runs when a Python of the second one starts."""
+    (folder / "sitecustomize.py").write_text(source)
+    cluster = new_cluster()
+    cluster.start(["head"], num_gpus=1)
+    paths = os.pathsep.join([str(folder), cluster_env["PYTHONPATH"]])
+    cluster.start(["worker", cluster.address], num_gpus=1, PYTHONPATH=paths)
+    return cluster
+
+
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_a_node_that_cannot_run_the_workers_is_named(
     tiny, run_series, cluster_env, new_cluster, tmp_path, spoilt
 ):
     source, expected = SPOILT[spoilt]
-    (tmp_path / "sitecustomize.py").write_text(source)
-    cluster = new_cluster()
-    cluster.start(["head"], num_gpus=1)
-    paths = os.pathsep.join([str(tmp_path), cluster_env["PYTHONPATH"]])
-    cluster.start(["worker", cluster.address], num_gpus=1, PYTHONPATH=paths)
+    cluster = cluster_with_a_spoilt_node(new_cluster, cluster_env, tmp_path, source)
     jobs = {"two": ray_job(tiny, **TWO["tensor"])}
     results = run_series(jobs, cluster_env | QUIET | {"RAY_ADDRESS": cluster.address})
     error = results["two"]["error"]
+    assert error.startswith("ValueError: Ray node ") and expected in error, error
+
+
+def test_a_node_that_cannot_run_a_replica_is_named(
+    tiny, run_replicas, cluster_env, new_cluster, tmp_path
+):
+    source, expected = SPOILT["no package"]
+    cluster = cluster_with_a_spoilt_node(new_cluster, cluster_env, tmp_path, source)
+    options = {"data_parallel_size": 2, "data_parallel_size_local": 1}
+    wanted = job(tiny, data_parallel_backend="ray", **options)
+    error = run_replicas(wanted, cluster_env | QUIET | {"RAY_ADDRESS": cluster.address})["error"]
     assert error.startswith("ValueError: Ray node ") and expected in error, error
 
 
@@ -241,6 +272,7 @@ def test_serve_application_answers_as_one_worker(
     env = cluster.env | {"RAY_ADDRESS": cluster.address}
     options = [f"model={model}", f"heads={tiny['heads']}", "nodes=8", "dtype=float32"]
     options += ["max_model_len=256", "enforce_eager=true", "tensor_parallel_size=2"]
+    options += ["kv_cache_memory_bytes=67108864"]
     command = [sys.executable, "-m", "ray.serve.scripts", "run", "examples.ray_serve_app:build"]
     log = (tmp_path / "serve.log").open("w")
     server = subprocess.Popen([*command, *options], cwd=ROOT, env=env, stdout=log, stderr=log)

@@ -40,21 +40,41 @@ def test_only_our_workers_nodes_are_asked(monkeypatch, ours):
 
     good = GOOD | {"medusa": __version__, "vllm": vllm_seams.vllm_version()}
     reports = [good, good | {"node": "n3 (10.0.0.3)", "medusa": None}]
-    monkeypatch.setattr(ray_nodes, "ask_nodes", lambda group, env: reports)
-    order = []
-    module = SimpleNamespace(initialize_ray_cluster=lambda config: order.append("placed"))
+    asked, order = [], []
+
+    def ask_nodes(groups, env):
+        asked.append(groups)
+        return reports
+
+    class Manager:
+        @staticmethod
+        def create_dp_placement_groups(vllm_config):
+            order.append("replicas placed")
+            return ["first", "second"], [0, 1]
+
+    module = SimpleNamespace(
+        initialize_ray_cluster=lambda config: order.append("workers placed"),
+        CoreEngineActorManager=Manager,
+    )
+    monkeypatch.setattr(ray_nodes, "ask_nodes", ask_nodes)
     monkeypatch.setattr(cluster_seams, "RAY_EXECUTORS", ("one",))
     monkeypatch.setattr(cluster_seams, "after_import", lambda name, action: action(module))
     cluster_seams.after_ray_placement(ray_nodes.check_nodes)
     cluster_seams.after_ray_placement(ray_nodes.check_nodes)  # installed once
     worker = "vllm_medusa.worker.MedusaWorker" if ours else "vllm.v1.worker.gpu_worker.Worker"
-    config = SimpleNamespace(worker_cls=worker, placement_group=None, ray_runtime_env=None)
-    if ours:
-        with pytest.raises(ValueError, match=r"^Ray node n3 \(10.0.0.3\) has no vllm-medusa"):
-            module.initialize_ray_cluster(config)
-    else:
-        module.initialize_ray_cluster(config)
-    assert order == ["placed"]
+    config = SimpleNamespace(worker_cls=worker, placement_group="group", ray_runtime_env=None)
+    starts = (
+        lambda: module.initialize_ray_cluster(config),
+        lambda: Manager.create_dp_placement_groups(SimpleNamespace(parallel_config=config)),
+    )
+    for start in starts:
+        if ours:
+            with pytest.raises(ValueError, match=r"^Ray node n3 \(10.0.0.3\) has no vllm-medusa"):
+                start()
+        else:
+            start()
+    assert order == ["workers placed", "replicas placed"]
+    assert asked == ([["group"], ["first", "second"]] if ours else [])
 
 
 @pytest.mark.parametrize("address", [None, "", "auto", "local"])
