@@ -28,8 +28,9 @@ ROW_BUDGET = {"cuda": 256, "cpu": None}
 ACCEPTANCE_RULES = ("exact", "typical")
 TYPICAL_EPSILON = 0.09
 
-# In place of a tree: each request's likeliest nodes, chosen anew at every step.
-DYNAMIC_TREE = "dynamic"
+# In place of a tree: each request's likeliest nodes, chosen anew at every step, or the one tree
+# that lies beside the heads.
+DYNAMIC_TREE, STATIC_TREE = "dynamic", "static"
 # What one 64-bit word a row holds; the kernel that chooses trees writes one.
 MAX_DYNAMIC_NODES = 63
 
@@ -60,10 +61,11 @@ class MedusaOptions:
         vLLM's own key: ``(first, last, nodes)`` per range of batch sizes.  None takes
         :func:`default_schedule` for the device.
     tree : str or list or None
-        Preset name, path of a tree file, list of widths or list of paths; None
-        takes ``tree.json`` beside the heads, else :data:`DEFAULT_TREE`.
+        Preset name, path of a tree file, list of widths or list of paths.
+        :data:`STATIC_TREE` takes ``tree.json`` beside the heads, else :data:`DEFAULT_TREE`.
         :data:`DYNAMIC_TREE` chooses a tree for every request and step; requests whose rows the
-        host lays out keep the tree that None takes.
+        host lays out keep the static one. None is dynamic where that can be, see
+        :func:`vllm_medusa.start_choices.resolve_tree`, else static.
     num_heads : int or None
         Use only the first heads; None uses all in the file.
     revision : str or None
@@ -126,7 +128,7 @@ class MedusaOptions:
             raise ValueError(
                 f"medusa: attention={self.attention!r} must be one of {', '.join(ATTENTIONS)}"
             )
-        check_lookup(self.prompt_lookup, self.dynamic_tree)
+        check_lookup(self.prompt_lookup, self.tree in (None, DYNAMIC_TREE))
         check_acceptance(self.acceptance, self.typical_epsilon, self.typical_delta, "medusa: ")
         if self.draft_vocab_size is not None and not (
             isinstance(self.draft_vocab_size, int)
@@ -139,8 +141,13 @@ class MedusaOptions:
 
     @property
     def dynamic_tree(self) -> bool:
-        """Whether trees are chosen step by step."""
+        """Whether trees are chosen step by step, once the default is resolved."""
         return self.tree == DYNAMIC_TREE
+
+    @property
+    def shape(self) -> str | list | None:
+        """The tree that was asked for; None where ``tree.json`` knows it."""
+        return None if self.tree in (DYNAMIC_TREE, STATIC_TREE) else self.tree
 
     @property
     def lookup_length(self) -> int:
@@ -182,7 +189,7 @@ class MedusaOptions:
         return cls(**given)
 
 
-def check_lookup(length: Any, dynamic_tree: bool) -> None:
+def check_lookup(length: Any, may_choose: bool) -> None:
     """Refuse a length of prompt lookup that is none, or that no tree would use."""
     if length is None:
         return
@@ -193,7 +200,7 @@ def check_lookup(length: Any, dynamic_tree: bool) -> None:
             f"medusa: prompt_lookup={length!r} is how many tokens of its history a request may "
             f"propose and must be an integer from 0 (none) to {MAX_DYNAMIC_NODES}"
         )
-    if length and not dynamic_tree:
+    if length and not may_choose:
         raise ValueError(
             f"medusa: prompt_lookup={length} needs trees that are chosen step by step; add "
             f'"tree": "{DYNAMIC_TREE}" or leave prompt_lookup out'

@@ -28,12 +28,12 @@ from vllm_medusa.config import (
 from vllm_medusa.start_choices import (
     budget_for_machine,
     check_attention,
-    check_dynamic,
     choose_draft_vocabulary,
     choose_frequencies,
     choose_schedule,
     choose_tree,
     cut_to_machine,
+    resolve_tree,
     usable_heads,
 )
 from vllm_medusa.tree import TokenTree
@@ -163,9 +163,11 @@ def create_medusa_config(
         )
     num_heads = usable_heads(options, heads.spec, target_parallel_config)
     tree = choose_tree(options, num_heads, heads.tree_path)
+    options = resolve_tree(
+        options, tree.num_nodes, heads.spec, num_heads, target_parallel_config
+    )
     schedule = choose_schedule(options, tree)
-    shape = None if options.dynamic_tree else options.tree
-    free = (shape, options.num_speculative_tokens, schedule) == (None, None, None)
+    free = (options.shape, options.num_speculative_tokens, schedule) == (None, None, None)
     if free and heads.tree_path is not None and current_platform.is_cpu():
         whole = TokenTree.load(heads.tree_path)
         budget = budget_for_machine(whole, num_heads, target_model_config)
@@ -175,11 +177,9 @@ def create_medusa_config(
                 return None
             schedule = budget.schedule
     used_heads = tree.max_depth
-    if options.dynamic_tree:
-        check_dynamic(tree, target_parallel_config)
-        # The nodes of sequential heads come from the tree, however they are chosen.
-        if not heads.spec.sequential:
-            used_heads = min(num_heads, tree.num_nodes)
+    # The nodes of sequential heads come from the tree, however they are chosen.
+    if options.dynamic_tree and not heads.spec.sequential:
+        used_heads = min(num_heads, tree.num_nodes)
     logger.info(
         "Medusa: %d heads from %s (format %s), %s of %d nodes and depth %d",
         num_heads,

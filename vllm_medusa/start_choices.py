@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vllm_medusa.config import (
     DYNAMIC_TREE,
     MAX_DYNAMIC_NODES,
     ROW_BUDGET,
+    STATIC_TREE,
     MedusaOptions,
     default_schedule,
 )
@@ -27,6 +29,7 @@ from vllm_medusa.cpu_costs import machine_costs
 from vllm_medusa.draft_vocabulary import default_size
 from vllm_medusa.head_weights import HeadSpec
 from vllm_medusa.tree import TokenTree
+from vllm_medusa.tree_candidates import head_ranks
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -52,8 +55,8 @@ def choose_tree(options: MedusaOptions, num_heads: int, tree_file: Path | None) 
     ValueError
         When an explicit tree is deeper than the heads, or is no tree.
     """
-    if options.tree is not None and not options.dynamic_tree:
-        tree = TokenTree.parse(options.tree)
+    if options.shape is not None:
+        tree = TokenTree.parse(options.shape)
         tree.validate(num_heads)
     else:
         tree = TokenTree.load(tree_file) if tree_file else TokenTree.preset(DEFAULT_TREE)
@@ -96,9 +99,8 @@ def choose_frequencies(
     ValueError
         When that was asked for and cannot be.
     """
-    shape = None if options.dynamic_tree else options.tree
     asked = options.num_speculative_tokens_per_batch_size
-    free = (shape, options.num_speculative_tokens, asked) == (None, None, None)
+    free = (options.shape, options.num_speculative_tokens, asked) == (None, None, None)
     wanted = options.adaptive
     if wanted is None:
         wanted = free and schedule is not None and not current_platform.is_cpu()
@@ -224,28 +226,63 @@ def check_attention(options: MedusaOptions) -> None:
         )
 
 
-def check_dynamic(
-    tree: TokenTree, parallel_config: Any
-) -> None:
-    """Refuse what trees chosen at every step cannot be combined with.
+def resolve_tree(
+    options: MedusaOptions, num_nodes: int, spec: HeadSpec, num_heads: int, parallel_config: Any
+) -> MedusaOptions:
+    """Options whose tree says whether trees are chosen: at every step wherever that can be.
+
+    Parameters
+    ----------
+    options : MedusaOptions
+    num_nodes : int
+        Of the static tree, cut to the budget.
+    spec : HeadSpec
+    num_heads : int
+        Heads available to the tree.
+    parallel_config : vllm.config.ParallelConfig
 
     Raises
     ------
     ValueError
-        With ranks that would not know the tree, with too many nodes.
+        Trees cannot be chosen at every step, but that or prompt lookup was asked for.
     """
+    if options.shape is not None or options.tree == STATIC_TREE:
+        return options
+    reason = _why_static(options, num_nodes, spec, num_heads, parallel_config)
+    if reason is None:
+        return dataclasses.replace(options, tree=DYNAMIC_TREE)
+    if options.tree == DYNAMIC_TREE:
+        raise ValueError(f"medusa: tree={DYNAMIC_TREE!r}: {reason}")
+    if options.prompt_lookup:
+        raise ValueError(
+            f"medusa: prompt_lookup={options.prompt_lookup} needs trees that are chosen at every "
+            f"step, but {reason}"
+        )
+    logger.info("Medusa: one tree for all steps: %s", reason)
+    return dataclasses.replace(options, tree=STATIC_TREE)
+
+
+def _why_static(
+    options: MedusaOptions, num_nodes: int, spec: HeadSpec, num_heads: int, parallel_config: Any
+) -> str | None:
+    """Why trees cannot be chosen at every step; None if they can."""
     stages = parallel_config.pipeline_parallel_size
     ranks = parallel_config.tensor_parallel_size
-    reason = None
     if stages > 1 or ranks > 1:
-        reason = (
+        return (
             f"every rank needs the tree that one of them chooses, found tensor_parallel_size="
             f"{ranks} and pipeline_parallel_size={stages}; leave tree out"
         )
-    elif tree.num_nodes > MAX_DYNAMIC_NODES:
-        reason = (
-            f"num_speculative_tokens={tree.num_nodes} is more than the {MAX_DYNAMIC_NODES} nodes "
+    if num_nodes > MAX_DYNAMIC_NODES:
+        return (
+            f"num_speculative_tokens={num_nodes} is more than the {MAX_DYNAMIC_NODES} nodes "
             "that a tree chosen at every step may have; lower it or leave tree out"
         )
-    if reason is not None:
-        raise ValueError(f"medusa: tree={DYNAMIC_TREE!r}: {reason}")
+    if options.attention != ATTENTIONS[0]:
+        return f"attention={options.attention!r} knows one tree for a whole batch"
+    if not spec.sequential:
+        try:
+            head_ranks(num_nodes, num_heads, spec.output_size)
+        except ValueError as error:
+            return str(error).partition(": ")[2]
+    return None

@@ -29,6 +29,9 @@ CASES = {
         }
     },
     "tree beside heads": {"speculative_model": "medusa:WITH_TREE"},
+    "static": {
+        "speculative_config": {"method": "medusa", "model": "WITH_TREE", "tree": "static"}
+    },
     "chosen trees": {
         "speculative_config": {
             "method": "medusa", "model": "WITH_TREE", "tree": "dynamic", "num_heads": 2,
@@ -131,12 +134,15 @@ def test_node_budget_and_trees(outcomes):
     assert outcomes["short forms"]["nodes"] == 5
     assert outcomes["preset"]["paths"] == [[0]]
     assert outcomes["widths"]["nodes"] == 5  # of 20: the CPU's default budget
-    assert outcomes["tree beside heads"]["paths"] == [[0], [1], [0, 0]]
-    assert "tree=" not in outcomes["tree beside heads"]["speculative"]
+    assert outcomes["static"]["paths"] == [[0], [1], [0, 0]]
+    assert "tree=" not in outcomes["static"]["speculative"]
     # The tree beside the heads says how many nodes, and serves requests that choose none.
     chosen = outcomes["chosen trees"]
     assert chosen["paths"] == [[0], [1], [0, 0]]
     assert "tree_nodes=3, heads=2, tree='dynamic'" in chosen["speculative"]
+    default = outcomes["tree beside heads"]
+    assert default["paths"] == [[0], [1], [0, 0]]
+    assert "tree='dynamic'" in default["speculative"]
 
 
 def test_off_is_stock(outcomes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm_medusa.config import MedusaOptions
 from vllm_medusa.dynamic_tree import DynamicDrafter
+from vllm_medusa.head_weights import HeadSpec
 from vllm_medusa.request_options import keeps_start_up_tree
 from vllm_medusa.scheduler import TreeSchedulerMixin
-from vllm_medusa.start_choices import check_dynamic
+from vllm_medusa.start_choices import resolve_tree
 from vllm_medusa.tree import TokenTree
 from vllm_medusa.tree_batch import TreeBatch
 
@@ -121,16 +124,44 @@ def test_statistics_count_what_the_history_may_propose():
     assert list(stats.num_accepted_tokens_per_pos) == [1] * 5
 
 
-def test_what_cannot_choose_is_refused():
-    def refusal(tree: TokenTree = START_UP, ranks: int = 1, stages: int = 1) -> str:
-        parallel = SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=stages)
-        with pytest.raises(ValueError, match="tree='dynamic'") as caught:
-            check_dynamic(tree, parallel)
-        return str(caught.value)
+SPEC = HeadSpec(3, 1, 8, vocab_size=200, dtype=torch.float32)
 
-    assert "tensor_parallel_size=2" in refusal(ranks=2)
-    assert "pipeline_parallel_size=3" in refusal(stages=3)
-    assert "more than the 63 nodes" in refusal(TokenTree.from_paths([[i] for i in range(64)]))
+
+def resolve(nodes: int = 63, ranks: int = 1, stages: int = 1, spec: HeadSpec = SPEC, **options):
+    parallel = SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=stages)
+    asked = MedusaOptions(model="HEADS", **options)
+    return resolve_tree(asked, nodes, spec, spec.num_heads, parallel)
+
+
+SMALL = HeadSpec(1, 1, 8, vocab_size=20, dtype=torch.float32)
+CANNOT = {
+    "tensor parallel": ({"ranks": 2}, "tensor_parallel_size=2"),
+    "pipeline parallel": ({"stages": 3}, "pipeline_parallel_size=3"),
+    "too many nodes": ({"nodes": 64}, "more than the 63 nodes"),
+    "other attention": ({"attention": "xformers"}, "attention='xformers' knows one tree"),
+    "too few tokens": ({"spec": SMALL}, "1 heads over 20 tokens fill fewer than 63 nodes"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_cannot_choose_has_one_tree_and_is_refused_if_asked_to(case):
+    where, reason = CANNOT[case]
+    assert resolve(**where).tree == "static"
+    with pytest.raises(ValueError, match=f"tree='dynamic': .*{reason}"):
+        resolve(**where, tree="dynamic")
+    with pytest.raises(ValueError, match=f"prompt_lookup=8 needs trees .*{reason}"):
+        resolve(**where, prompt_lookup=8)
+    assert resolve(**where, prompt_lookup=0).lookup_length == 0
+
+
+def test_trees_are_chosen_unless_one_is_given():
+    sequential = dataclasses.replace(SMALL, sequential=True)
+    for spec in (SPEC, sequential):
+        assert resolve(spec=spec).tree == resolve(spec=spec, tree="dynamic").tree == "dynamic"
+    assert resolve(prompt_lookup=8).lookup_length == 8
+    for tree in ("static", "mc_sim_7b_63", [2, 1], [[0]]):
+        assert resolve(tree=tree).tree == tree
+        assert not resolve(tree=tree).dynamic_tree
 
 
 def test_fewer_ranks_than_nodes_are_refused():

@@ -73,4 +73,4 @@ def test_a_length_that_is_none_is_refused(length):
 
 def test_trees_that_are_not_chosen_have_no_place_for_it():
     with pytest.raises(ValueError, match=r'prompt_lookup=8 needs trees .* add "tree": "dynamic"'):
-        MedusaOptions("heads", prompt_lookup=8)
+        MedusaOptions("heads", tree="static", prompt_lookup=8)
