@@ -19,6 +19,8 @@ from vllm_medusa.tree_candidates import (
 
 # Costs that exist at once while trees are chosen: 2**24 take 64 MB.
 _COSTS_AT_ONCE = 2**24
+# Place of a node that no tree holds.
+NOWHERE = 2**31 - 1
 
 Path_ = tuple[int, ...]
 
@@ -209,9 +211,11 @@ def pool_places(
 ) -> np.ndarray:
     """The same for sequential heads, whose likeliest nodes of a fixed tree are chosen.
 
+    A right node that the tree lacks has the place NOWHERE, beyond any number of nodes.
+
     >>> log_probs = np.log(np.array([[0.3, 0.6, 0.9]], np.float32))
     >>> pool_places(np.array([[1, -1]]), log_probs, [(0,), (1,), (0, 0)]).tolist()
-    [[0, 3]]
+    [[0, 2147483647]]
     """
     index = {path: node for node, path in enumerate(paths)}
     costs = -log_probs
@@ -220,12 +224,12 @@ def pool_places(
         if len(path) > 1:
             costs[:, node] += costs[:, index[path[:-1]]]
     right = candidates_of(ranks, paths)
-    places = np.full(ranks.shape, len(paths), np.int64)
+    places = np.full(ranks.shape, NOWHERE, np.int64)
     for depth in range(ranks.shape[1]):
         own = right[:, depth, None]
         cost = np.take_along_axis(costs, np.maximum(own, 0), 1)
         before = (costs < cost) | ((costs == cost) & (np.arange(len(paths)) < own))
-        places[:, depth] = np.where(own[:, 0] >= 0, before.sum(1), len(paths))
+        places[:, depth] = np.where(own[:, 0] >= 0, before.sum(1), NOWHERE)
     return places
 
 
