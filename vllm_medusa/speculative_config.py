@@ -98,7 +98,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     @property
     def deepest_path(self) -> int:
         """Most tokens of a path that a tree can hold, the root's not counted."""
-        return max(self.num_medusa_heads, self.prompt_lookup)
+        return min(len(self.tree_paths), max(self.num_medusa_heads, self.prompt_lookup))
 
     def row_counts(self, max_num_seqs: int) -> tuple[int, ...]:
         """Rows (root + nodes) that a decode query can have at any batch size, ascending."""
