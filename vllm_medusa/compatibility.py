@@ -176,8 +176,7 @@ SUPPORTED: tuple[Supported, ...] = (
     Supported("W8A8 int8 weights (compressed-tensors)", WORKS, f"{_FEATURES}[int8]"),
     Supported("tensor parallelism", WORKS, f"{_PARALLEL}[tensor]"),
     Supported("pipeline parallelism (independent heads)", WORKS, f"{_PARALLEL}[pipeline]"),
-    Supported("data parallelism", WORKS, f"{_REPLICAS}[fixed]"),
-    Supported("data parallelism with trees chosen at every step", WORKS, f"{_REPLICAS}[dynamic]"),
+    Supported("data parallelism", WORKS, _REPLICAS),
     Supported(
         "data and expert parallelism (Mixtral)",
         "works in tests that supply what vLLM lacks for it on a CPU; not run on a GPU",
