@@ -46,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-questions", type=int, default=80, help="spread over categories")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--gpu-memory-utilization", type=float, help="as vLLM's option")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default=None, help="of the pass over the answers")
     parser.add_argument("--rows", type=Path, help=".npz for the ranks and log probabilities")
@@ -59,6 +60,8 @@ def answer_and_rank(args: argparse.Namespace) -> tuple[HeadRanks, Pairs]:
     """What every head thinks of the tokens of the model's own first answers, and these."""
     prompts = choose_prompts(read_prompts(args.questions).prompts, args.num_questions)
     engine = {"model": args.model, "dtype": args.dtype, "max_model_len": args.max_model_len}
+    if args.gpu_memory_utilization is not None:
+        engine["gpu_memory_utilization"] = args.gpu_memory_utilization
     run = serve_prompts(engine, prompts, {"temperature": 0.0, "max_tokens": args.max_tokens})
     firsts: dict[int, tuple] = {}
     for answer in run.answers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ from vllm_medusa.verification_step import VerificationStep
 from vllm_medusa.verifier import TreeVerifier
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-OURS = ("synthetic_children", "synthetic_draws", "synthetic_profile")
+OURS = ("bench_serving", "engine_process", "records", "report", "report_comparisons",
+        "report_tables", "synthetic_children", "synthetic_draws", "synthetic_profile")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -153,3 +155,29 @@ def test_users_cannot_ask_for_it():
     assert TreeRunnerMixin.step_class is VerificationStep
     for path in (BENCHMARKS.parent / "vllm_medusa").rglob("*.py"):
         assert "synthetic_draws" not in path.read_text(), path
+
+
+def test_records_and_tables_say_that_it_is_synthetic(tmp_path, monkeypatch):
+    import bench_serving
+    import report
+
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    arguments = ["x", "--model", "M", "--heads", "H", "--out", str(tmp_path / "r.json")]
+    arguments += ["--synthetic-acceptance", "3.47"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    document = bench_serving.document(bench_serving.parse_args(), {}, {}, [])
+    assert document["synthetic_acceptance"] == 3.47
+    values = {"median": 2.0, "min": 1.0, "max": 3.0}
+    found = {"tokens_per_step": 3.5, "accepted_by_depth": [0.9], "tokens_per_step_by_category": {}}
+    result = {"concurrency": 1, "temperature": 0.0, "num_questions": 4, "agreement": None,
+              "acceptance": found, "speedup": values, "plain_tokens_per_s": values,
+              "medusa_tokens_per_s": values}  # fmt: skip
+    made = {"command": ["bench_serving.py"], "gpus": ["a GPU"], "git_sha": "abc"}
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(document | {"results": [result], "provenance": made}))
+    text = report.serving_section(path)
+    assert text.startswith("**SYNTHETIC acceptance, M on a GPU**")
+    assert "(3.47 tokens per step with 63 nodes by `benchmarks/synthetic_profile.py`)" in text
+    monkeypatch.setattr(sys, "argv", [*arguments, "--tree", "T"])
+    with pytest.raises(SystemExit):
+        bench_serving.parse_args()
