@@ -85,6 +85,8 @@ def engine_arguments(args: argparse.Namespace, parallel: str, side: str) -> dict
         arguments["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 2**30)
     if side == "medusa":
         speculative: dict[str, Any] = {"method": "medusa", "model": args.heads}
+        # One worker alone would choose its trees, and comparing would mean nothing.
+        speculative["tree"] = "static"
         if args.nodes is not None:
             speculative["num_speculative_tokens"] = args.nodes
         arguments["speculative_config"] = speculative

@@ -123,7 +123,7 @@ def contenders(args: argparse.Namespace) -> dict[str, tuple[Callable[[], dict], 
         return drafts | {"method": "draft_model", "model": args.draft_model}
 
     known: dict[str, tuple[Callable[[], dict], dict[str, str]]] = {
-        "tree": (lambda: ours, {}),
+        "tree": (lambda: ours | {"tree": "static"}, {}),
         "dynamic": (lambda: ours | {"tree": "dynamic"}, {}),
         "chain": (chain, {}),
         "vllm-medusa": (stock_medusa, STOCK_V1),

@@ -35,6 +35,7 @@ def batches(count: int = 8) -> list[dict]:
 def job(tiny: dict[str, str], **options) -> dict:
     """A Medusa engine with further options."""
     config = {"method": "medusa", "model": tiny["heads"], "num_speculative_tokens": NODES}
+    config["tree"] = "static"  # the same for one worker, which would choose its trees
     engine = {"model": tiny["model"], **ENGINE, "speculative_config": config, **options}
     return {"engine": engine, "batches": batches(), "async": True}
 
@@ -80,9 +81,11 @@ def test_comparison_sees_a_stage_that_does_not_compact(tiny, run_series, cluster
     assert token_ids(broken) != token_ids(results["one"])
 
 
-def test_two_replicas_return_what_one_returns(tiny, run_replicas, cluster_env, results):
+@pytest.mark.parametrize("tree", ["static", "dynamic"])
+def test_two_replicas_return_what_one_returns(tiny, run_replicas, cluster_env, results, tree):
     """The last batch is one request: the other replica has nothing to do meanwhile."""
     wanted = job(tiny, data_parallel_size=2)
+    wanted["engine"]["speculative_config"]["tree"] = tree
     first = wanted["batches"][0]
     alone = {"prompts": first["prompts"][:1], "sampling": first["sampling"][:1]}
     found = run_replicas(wanted | {"batches": [*wanted["batches"], alone]}, cluster_env)
