@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,4 +42,6 @@ def shown_command(record: dict[str, Any]) -> str:
     """The command of a record, without the directories of the machine that ran it."""
     words = record["provenance"]["command"]
     script = f"benchmarks/{Path(words[0]).name}"
-    return " ".join(["python", script, *(Path(w).name if "/" in w else w for w in words[1:])])
+    # Also inside a side's JSON: a path's last name is what follows its last slash.
+    shown = (re.sub(r"(?:[^\s\"'=/]*/)+(?=[^\s\"'/])", "", word) for word in words[1:])
+    return f"python {script} {shlex.join(shown)}".rstrip()
