@@ -38,7 +38,7 @@ ENGINE = {
 NODES = 12
 # Name -> more of the speculative config; async scheduling; name of the long run's record.
 VARIANTS = {
-    "one tree": ({}, False, "cpu_soak"),
+    "one tree": ({"tree": "static"}, False, "cpu_soak"),
     "dynamic trees": ({"tree": "dynamic"}, False, "cpu_soak_dynamic"),
     "async scheduling": ({}, True, "cpu_soak_async"),
 }
