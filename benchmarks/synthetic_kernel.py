@@ -57,21 +57,10 @@ def _draw_children_kernel(
     tl.store(out_tokens + start + rows, tl.where(right | (rows == 0), token, -1), mask=there)
 
 
-def draw_children(
-    out_tokens: torch.Tensor,
-    drawn: torch.Tensor,
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    cu_rows: torch.Tensor,
-    slots: torch.Tensor,
-    seeds: torch.Tensor,
-    parents: torch.Tensor,
-    lowest: torch.Tensor,
-    highest: torch.Tensor,
-) -> None:
-    """Launch what ``synthetic_children.draw_children`` describes."""
+def launch(num_reqs: int, parents: torch.Tensor, arguments: tuple[torch.Tensor, ...]) -> None:
+    """Launch it on the checked arguments of ``synthetic_children.draw_children``."""
     width = parents.shape[1]
-    _draw_children_kernel[(slots.shape[0],)](
-        out_tokens, drawn, tokens, positions, cu_rows, slots, seeds, parents, lowest, highest,
-        parents.stride(0), NUM_ROWS=width, PADDED_ROWS=triton.next_power_of_2(width), num_warps=1,
+    _draw_children_kernel[(num_reqs,)](
+        *arguments, parents.stride(0), NUM_ROWS=width,
+        PADDED_ROWS=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip

@@ -6,7 +6,8 @@ import importlib.util
 import os
 import random
 import runpy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SEED = 20240119
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 MARKERS = {
     "gpu": "needs a CUDA device",
@@ -24,6 +26,16 @@ MARKERS = {
     "slow": "takes more than a few seconds; deselect with -m 'not slow'",
     "long": "takes minutes to hours; runs only when named, as in -m long",
 }
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the scripts of benchmarks/ importable, and forget afterwards those that were."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

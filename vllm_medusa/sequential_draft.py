@@ -45,7 +45,7 @@ class SequentialDrafter:
         self.heads, self.tree = heads, tree
         self.num_top = tree.max_rank + 1
         # A node's column is its row less one; the root's token has the last one, -1.
-        self.columns_per_head = -(-(tree.num_rows) // tree.max_depth)
+        self.columns_per_head = -(-tree.num_rows // tree.max_depth)
         sizes = {tree.num_nodes, *(size for size in (1, 3, 7, 15, 31) if size < tree.num_nodes)}
         self._levels = {size: _levels(tree.cut(size), heads.weight.device) for size in sizes}
 
@@ -129,7 +129,7 @@ class ChosenSequentialDrafter:
         # Every node has a column of its own, which is its place, so that both tables are one.
         _, ancestors = candidate_tables(tree.paths, tree.max_depth, tree.max_rank + 1)
         self.chooser = TreeChooser(
-            tree_batch, ancestors, ancestors.copy(), range(tree.num_nodes), lookup
+            tree_batch, ancestors, ancestors, range(tree.num_nodes), lookup
         )
 
     def draft(

@@ -155,9 +155,7 @@ class ShardedDraft:
     ) -> None:
         """Draft token of every node, the same on every rank."""
         # Floats because vLLM's shared-memory gather on CPUs knows no integers; only copied.
-        parts = tensor_model_parallel_all_gather(
-            self.best_keys(hidden).contiguous().view(torch.float32)
-        )
+        parts = tensor_model_parallel_all_gather(self.best_keys(hidden).view(torch.float32))
         ids = ids_of(parts.view(torch.int64).topk(self.num_top, dim=-1).values)
         if self.token_map is not None:
             ids = self.token_map.expand(*ids.shape[:2], -1).gather(2, ids)

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from vllm_medusa.tree import TokenTree
 
-BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
-OURS = ("synthetic_children", "synthetic_kernel")
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield
-    for name in OURS:
-        sys.modules.pop(name, None)
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def arguments(tree: TokenTree, requests: int, seed: int, device: torch.device) -> dict:
@@ -61,7 +49,7 @@ def test_kernel_equals_twin(widths, device):
     made = arguments(TokenTree.from_widths(widths), 9, len(widths), device)
     twin = {name: tensor.clone() for name, tensor in made.items()}
     before = made["drawn"].clone()
-    synthetic_kernel.draw_children(*made.values())
+    synthetic_kernel.launch(len(made["slots"]), made["parents"], tuple(made.values()))
     reference(*twin.values())
     assert torch.equal(made["out_tokens"], twin["out_tokens"])
     assert torch.equal(made["drawn"], twin["drawn"])

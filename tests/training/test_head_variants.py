@@ -14,16 +14,9 @@ from vllm_medusa.training.conversations import ConversationSet
 from vllm_medusa.tree import TokenTree
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("greedy_answers", "records", "report_heads", "report_tables", "simulate_trees",
-        "variant_bases", "variant_eval", "variant_plan")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield
-    for name in OURS:
-        sys.modules.pop(name, None)
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def test_answers_of_a_batch_are_each_prompts_likeliest_tokens():

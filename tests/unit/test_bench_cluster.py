@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMAND = ["--model", "M", "--heads", "H", "--out"]
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def bench(benchmarks):
     import bench_cluster
 
-    yield bench_cluster
-    sys.modules.pop("bench_cluster")
+    return bench_cluster
 
 
 def test_dry_run_names_every_engine(bench, tmp_path, capsys):

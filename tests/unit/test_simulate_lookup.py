@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -17,12 +14,7 @@ HEADS, RANKS, LENGTH, ROWS = 3, 6, 5, 120
 LABELS = np.arange(1, LENGTH + 1)
 
 
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    yield
-    for name in ("simulate_lookup", "simulate_trees", "records"):
-        sys.modules.pop(name, None)
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 @pytest.fixture

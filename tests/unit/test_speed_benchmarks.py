@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("bench_latency", "bench_serving", "bench_widths", "cells", "compare", "engine_process",
-        "forced_nodes", "records", "report_comparisons", "report_tables", "roofline")  # fmt: skip
 PROVENANCE = {"command": ["/x/compare.py", "--out", "r.json"], "gpus": ["a GPU"], "processor": "p"}
 
 
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield
-    for name in OURS:
-        sys.modules.pop(name, None)
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def answer(tokens: int, seconds: float, histogram: list[int] | None) -> dict:

@@ -20,16 +20,9 @@ from vllm_medusa.verification_step import VerificationStep
 from vllm_medusa.verifier import TreeVerifier
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-OURS = ("bench_serving", "engine_process", "records", "report", "report_comparisons",
-        "report_tables", "synthetic_children", "synthetic_draws", "synthetic_profile")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in OURS:
-        sys.modules.pop(name, None)
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def test_profile_is_the_papers():
