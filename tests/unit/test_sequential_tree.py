@@ -14,6 +14,7 @@ from vllm_medusa.head_weights import HeadSpec
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.sequential_draft import ChosenSequentialDrafter, SequentialDrafter
+from vllm_medusa.sequential_heads import SequentialHeads
 from vllm_medusa.tree import TokenTree
 from vllm_medusa.tree_batch import TreeBatch
 
@@ -40,9 +41,12 @@ class Inputs:
         return (
             self.hidden,
             self.roots,
-            lambda ids: self.table[ids],
+            self.table,
             lambda states: functional.linear(states, self.lm_head),
         )
+
+    def drafter(self, tree: TokenTree = POOL, max_num_reqs: int = 300) -> SequentialDrafter:
+        return SequentialDrafter(SequentialHeads(self.heads.to_weights()), tree, max_num_reqs)
 
 
 def chosen(inputs: Inputs, slots: list[int], lookup: PromptLookup | None = None):
@@ -50,7 +54,7 @@ def chosen(inputs: Inputs, slots: list[int], lookup: PromptLookup | None = None)
     batch = TreeBatch(POOL, max(slots) + 1, torch.device("cpu"))
     for slot in range(1, max(slots) + 1):
         batch.keep_tree(slot, False)
-    drafter = SequentialDrafter(inputs.heads, POOL)
+    drafter = inputs.drafter()
     out = torch.full((len(slots), POOL.num_nodes), -7)
     ChosenSequentialDrafter(drafter, batch, lookup).draft(
         out, torch.tensor(slots), *inputs.arguments
@@ -68,7 +72,7 @@ def paths(batch: TreeBatch, slot: int, drafts: torch.Tensor) -> list[tuple[int, 
 
 def test_log_probabilities_are_the_heads_own_behind_the_path():
     inputs = Inputs(2)
-    tokens, log_probs = SequentialDrafter(inputs.heads, POOL).score(*inputs.arguments)
+    tokens, log_probs = inputs.drafter().score(*inputs.arguments)
     tokens, log_probs = tokens.flatten(1), log_probs.flatten(1)
     for node, path in enumerate(POOL.paths):
         above = [POOL.paths.index(path[:d]) for d in range(1, len(path))]
@@ -118,14 +122,16 @@ def test_history_takes_the_place_of_unlikely_nodes():
 @pytest.mark.parametrize("num_reqs", [1, 64, 300])
 def test_large_batches_draft_only_nodes_that_they_can_afford(num_reqs):
     inputs = Inputs(num_reqs)
-    drafter = SequentialDrafter(inputs.heads, POOL)
-    drafts = drafter.draft(*inputs.arguments)
+    drafter = inputs.drafter()
+    drafts = torch.full((num_reqs, POOL.num_nodes), -7)
+    drafter.draft(drafts, *inputs.arguments)
     _, log_probs = drafter.score(*inputs.arguments)
     nodes = {1: 9, 64: 7, 300: 1}[num_reqs]
     is_drafted = log_probs.flatten(1)[:, :9] > float("-inf")
     assert is_drafted.sum(1).tolist() == [nodes] * num_reqs and is_drafted[:, :nodes].all()
     assert ((drafts >= 0) & (drafts < VOCAB)).all()
-    whole = SequentialDrafter(inputs.heads, POOL.cut(nodes)).draft(*inputs.arguments)
+    whole = torch.full((num_reqs, nodes), -7)
+    inputs.drafter(POOL.cut(nodes)).draft(whole, *inputs.arguments)
     assert torch.equal(drafts[:, :nodes], whole)
     _, batch, out = chosen(inputs, list(range(1, num_reqs + 1)))
     assert ((out >= 0) & (out < VOCAB)).all()
