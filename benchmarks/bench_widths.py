@@ -39,7 +39,9 @@ def parse_args() -> argparse.Namespace:
     add_options(parser, max_tokens=96, rounds=2, concurrency=levels)
     parser.add_argument("--nodes", type=int, nargs="+", default=[0, 3, 7, 15, 31, 63])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 4096, 16384])
-    parser.add_argument("--requests", type=int, default=4, help="prompts of a cell; the level if more")
+    parser.add_argument(
+        "--requests", type=int, default=4, help="prompts of a cell; the level if more"
+    )
     parser.add_argument("--num-questions", type=int, default=80, help="whose answers fill prompts")
     parser.add_argument("--answer-tokens", type=int, default=256)
     parser.add_argument("--config", type=json.loads, default={}, help="more of speculative_config")

@@ -345,7 +345,9 @@ def main() -> None:
             plain.wait_ready()
             needed = time.monotonic() - began
             for name, levels in todo.items():
-                if levels and cells.has_time(1.5 * needed):
+                if levels and not cells.has_time(1.5 * needed):
+                    print(f"{name}: no time to start it", flush=True)
+                elif levels:
                     starter = functools.partial(start, name)
                     run_side(name, levels, starter, plain, pool, args, cells, took)
         finally:

@@ -65,7 +65,7 @@ def test_a_record_of_the_other_load_is_refused(tmp_path, old):
     head = record_head(arguments(), "compare", "closed loop")
     path = tmp_path / "r.json"
     path.write_text(json.dumps({**head, "cells": [], "load": None} | old))
-    with pytest.raises(ValueError, match="load is .* there and 'closed loop' now; choose another"):
+    with pytest.raises(ValueError, match=r"load is .* there and 'closed loop' now; choose another"):
         Cells(path, head)
 
 
