@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from .attention_join import join_splits_kernel
 from .attention_kernels import tree_attention_kernel, tree_part_kernel
 from .attention_plan import (
     MOST_COUNTERS,
@@ -232,23 +233,36 @@ def launch(
     """Run a plan on checked arguments (also the tuner's way in)."""
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads = k_cache.shape[2]
+    group = num_heads // num_kv_heads
     is_split = plan.num_splits > 1
+    last_joins = is_split and plan.join_rows == 0
+    chained = is_split and not last_joins and can_chain(q.device)
     needed = plan.row_tiles * num_reqs * num_kv_heads
-    if is_split and (counters is None or len(counters) < needed):
+    if last_joins and (counters is None or len(counters) < needed):
         counters = join_counters(q.device, needed)
     tree_masks, second_word = _mask_words(tree_masks, max_query_len)
-    scales = _num_scales(k_scale, v_scale, q_scale)
+    layout = {
+        "WINDOW": sliding_window, "SCALES": _num_scales(k_scale, v_scale, q_scale),
+        "NUM_KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_SIZE": head_size,
+        "PADDED_HEAD": power_of_two_from(head_size), "BLOCK_KEYS": plan.block_keys,
+        "MIN_TILES": plan.min_tiles, "CHAINED": chained,
+    }  # fmt: skip
+    bound = {} if plan.max_registers is None else {"maxnreg": plan.max_registers}
     tree_attention_kernel[(plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits)](
         out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
         k_scale, v_scale, q_scale, workspace, counters, num_tokens, out.stride(0), q.stride(0),
-        block_table.stride(0), tree_masks.stride(0), **_cache_layout(k_cache, v_cache),
-        SCALE=scale, SOFT_CAP=logit_soft_cap, WINDOW=sliding_window, SCALES=scales,
-        NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, HEAD_SIZE=head_size,
-        PADDED_HEAD=power_of_two_from(head_size), BLOCK_ROWS=plan.block_rows,
-        BLOCK_KEYS=plan.block_keys, SECOND_WORD=second_word, IS_SPLIT=is_split,
-        BLOCK_SPLITS=power_of_two_from(plan.num_splits), MIN_TILES=plan.min_tiles,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        block_table.stride(0), tree_masks.stride(0), **_cache_layout(k_cache, v_cache), **layout,
+        SCALE=scale, SOFT_CAP=logit_soft_cap, BLOCK_ROWS=plan.block_rows, SECOND_WORD=second_word,
+        IS_SPLIT=is_split, LAST_JOINS=last_joins, num_warps=plan.num_warps,
+        num_stages=plan.num_stages, **bound,
     )  # fmt: skip
+    if is_split and not last_joins:
+        join_tiles = ceil_div(max_query_len * group, plan.join_rows)
+        join_splits_kernel[(join_tiles, num_reqs * num_kv_heads)](
+            out, workspace, query_start_loc, seq_lens, sinks, v_scale, num_tokens,
+            plan.num_splits, out.stride(0), **layout, JOIN_ROWS=plan.join_rows, IN_FLIGHT=8,
+            num_warps=4, **({"launch_pdl": True} if chained else {}),
+        )  # fmt: skip
 
 
 def add_tree_attention(

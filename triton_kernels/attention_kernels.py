@@ -2,13 +2,14 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .attention_join import join_tile
 from .attention_tile import (
     LOG2_E,
     attend_tile,
     finish_rows,
-    join_tile,
+    key_pages,
     key_tiles,
     program_rows,
     row_masks,
@@ -31,7 +32,7 @@ def tree_attention_kernel(
     v_scale,  # in [SCALES] float32 or None
     q_scale,  # in [SCALES] float32 or None
     workspace,  # out, IS_SPLIT: float32 accumulators, then (maximum, sum) pairs
-    counters,  # in-place, IS_SPLIT: [row_tiles * num_reqs * Hkv] int32, 0 on entry and return
+    counters,  # in-place, LAST_JOINS: [row_tiles * num_reqs * Hkv] int32, 0 on entry and return
     num_tokens,
     out_stride,
     q_stride,
@@ -54,16 +55,19 @@ def tree_attention_kernel(
     BLOCK_KEYS: tl.constexpr,
     SECOND_WORD: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    LAST_JOINS: tl.constexpr,
+    CHAINED: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
     """Grid: (row_tiles, num_reqs * Hkv, num_splits).
 
     One program owns BLOCK_ROWS (query row, head of the group) pairs of one request and KV
     head, over one range of keys: all query heads of a KV head share the pass over it.
-    Of the splits of a tile the program that ends last joins them: a second kernel for it took
-    8 to 12 us on an H100, whatever the size, this takes 3 to 6.
+    If LAST_JOINS, the program that ends last of a tile's splits joins them; else a kernel that
+    follows does, whose programs are on their way meanwhile if CHAINED.
     """
+    if CHAINED:
+        gdc_launch_dependents()
     kv_head, req, start, query_len, seq_len, first_pair = program_rows(
         query_start_loc, seq_lens, NUM_KV_HEADS, BLOCK_ROWS
     )
@@ -102,13 +106,24 @@ def tree_attention_kernel(
     acc = tl.zeros([BLOCK_ROWS, PADDED_HEAD], tl.float32)
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
+    # A tile's pages are known one turn ahead: loads that wait for another load of their own turn
+    # are issued a turn later, and every tile would wait for its keys.
+    in_one_page: tl.constexpr = BLOCK_SIZE % BLOCK_KEYS == 0
+    pages = key_pages(
+        table_row, low * BLOCK_KEYS, first_key, seq_len, WINDOW, BLOCK_SIZE, BLOCK_KEYS, in_one_page
+    )
     for tile in range(low, high):
-        acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q_tile, words, high_words, depths, tile * BLOCK_KEYS, k_head,
-            v_head, table_row, masks_row, first_key, context, seq_len, qk_scale, BLOCK_STRIDE,
-            SLOT_STRIDE, V_OFFSET, BLOCK_SIZE % BLOCK_KEYS == 0, SOFT_CAP, WINDOW, HEAD_SIZE,
-            PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS, SECOND_WORD,
+        next_pages = key_pages(
+            table_row, (tile + 1) * BLOCK_KEYS, first_key, seq_len, WINDOW, BLOCK_SIZE,
+            BLOCK_KEYS, in_one_page,
         )  # fmt: skip
+        acc, row_max, row_sum = attend_tile(
+            acc, row_max, row_sum, q_tile, words, high_words, depths, tile * BLOCK_KEYS, pages,
+            k_head, v_head, masks_row, first_key, context, seq_len, qk_scale, BLOCK_STRIDE,
+            SLOT_STRIDE, V_OFFSET, SOFT_CAP, WINDOW, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE,
+            BLOCK_KEYS, SECOND_WORD,
+        )  # fmt: skip
+        pages = next_pages
 
     if not IS_SPLIT:
         result = finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES)
@@ -122,22 +137,23 @@ def tree_attention_kernel(
         stats = workspace + num_splits * num_pairs * PADDED_HEAD
         tl.store(stats + 2 * pair, row_max, mask=is_row)
         tl.store(stats + 2 * pair + 1, row_sum, mask=is_row)
-        # All threads' results are written before one thread announces them; acquire and
-        # release order them with the reads of the program that comes last.
-        tl.debug_barrier()
-        counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        num_used = tl.cdiv(end_tile - first_tile, per_split)
-        if tl.atomic_add(counter, 1, sem="acq_rel") + 1 < num_used:
-            return
-        tl.store(counter, 0)
-        first = tokens * (NUM_KV_HEADS * GROUP) + heads
-        acc, row_max, row_sum = join_tile(
-            workspace, stats, first, num_pairs, num_used, is_row, PADDED_HEAD, BLOCK_SPLITS
-        )
-        result = finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES)
-        out_ptrs = out + tokens[:, None] * out_stride
-        out_ptrs += heads[:, None] * HEAD_SIZE + dims[None, :]
-        tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
+        if LAST_JOINS:
+            # All threads' results are written before one thread announces them; acquire and
+            # release order them with the reads of the program that comes last.
+            tl.debug_barrier()
+            counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            num_used = tl.cdiv(end_tile - first_tile, per_split)
+            if tl.atomic_add(counter, 1, sem="acq_rel") + 1 < num_used:
+                return
+            tl.store(counter, 0)
+            first = tokens * (NUM_KV_HEADS * GROUP) + heads
+            acc, row_max, row_sum = join_tile(
+                workspace, stats, first, num_pairs, num_used, is_row, PADDED_HEAD, 2
+            )
+            result = finish_rows(acc, row_max, row_sum, sinks, v_scale, heads, kv_head, SCALES)
+            out_ptrs = out + tokens[:, None] * out_stride
+            out_ptrs += heads[:, None] * HEAD_SIZE + dims[None, :]
+            tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=is_stored)
 
 
 @triton.jit
@@ -211,11 +227,11 @@ def tree_part_kernel(
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
     for low in range(context, seq_len, BLOCK_KEYS):
+        pages = key_pages(table_row, low, context, seq_len, 0, BLOCK_SIZE, BLOCK_KEYS, False)
         acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q_tile, words, high_words, depths, low, k_head, v_head,
-            table_row, masks_row, context, context, seq_len, qk_scale, BLOCK_STRIDE,
-            SLOT_STRIDE, V_OFFSET, False, SOFT_CAP, 0, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE,
-            BLOCK_KEYS, SECOND_WORD,
+            acc, row_max, row_sum, q_tile, words, high_words, depths, low, pages, k_head, v_head,
+            masks_row, context, context, seq_len, qk_scale, BLOCK_STRIDE, SLOT_STRIDE, V_OFFSET,
+            SOFT_CAP, 0, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, BLOCK_KEYS, SECOND_WORD,
         )  # fmt: skip
     if v_scale is not None:  # the context's part has been multiplied already
         acc = acc * tl.load(v_scale + kv_head % SCALES)

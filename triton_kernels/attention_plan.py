@@ -41,11 +41,16 @@ class AttentionPlan:
     row_tiles : int
         Programs that share one (request, KV head, split).
     num_splits : int
-        KV ranges per request; above 1 the last program of a tile joins the partial results.
+        KV ranges per request; above 1 partial results are joined.
     num_warps, num_stages : int
         Triton's launch options.
     min_tiles : int
         Fewest key tiles given to one split.
+    join_rows : int
+        Pairs that a program of the kernel joins that follows the splits; 0: there is none, the
+        last program of a tile joins its splits.
+    max_registers : int or None
+        Bound per thread, where the compiler's own choice would leave room for fewer programs.
     """
 
     block_rows: int
@@ -55,6 +60,8 @@ class AttentionPlan:
     num_warps: int
     num_stages: int
     min_tiles: int
+    join_rows: int = 0
+    max_registers: int | None = None
 
 
 def plan_attention(

@@ -94,22 +94,37 @@ def key_tiles(
 
 
 @triton.jit
-def key_offsets(
+def written_keys(low, first_key, seq_len, WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """[BLOCK_KEYS] uint32 keys of a tile, or what stands for them.
+
+    Keys that no row sees may lie in freed pages, and 0 * NaN would be NaN: the nearest key that
+    was written stands for them.  A mask would cost a tenth of the loop's instructions.
+    """
+    written = tl.minimum(low + tl.arange(0, BLOCK_KEYS), seq_len - 1)
+    if WINDOW > 0:
+        written = tl.maximum(written, first_key)
+    # Unsigned: a signed division by a power of two corrects negative numbers.
+    return written.to(tl.uint32)
+
+
+@triton.jit
+def key_pages(
     table_row,  # [max_blocks] int32, this request's pages
-    keys,  # [BLOCK_KEYS] uint32, all of them written
-    low,  # first of the tile
-    BLOCK_STRIDE: tl.constexpr,
-    SLOT_STRIDE: tl.constexpr,
+    low,  # first key of the tile; behind the last tile the last page is read again
+    first_key,
+    seq_len,
+    WINDOW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     IN_ONE_PAGE: tl.constexpr,
 ):
-    """Element offsets of `keys` in the paged cache, int64 from the first multiply."""
+    """Page of each key of a tile, [BLOCK_KEYS] int32; one number if all lie in one."""
     if IN_ONE_PAGE:
-        # The first key of the tile exists, and with it the page.
-        block = tl.load(table_row + low // BLOCK_SIZE).to(tl.int64)
+        pages = tl.load(table_row + tl.minimum(low, seq_len - 1) // BLOCK_SIZE)
     else:
-        block = tl.load(table_row + keys // BLOCK_SIZE).to(tl.int64)
-    return block * BLOCK_STRIDE + (keys % BLOCK_SIZE).to(tl.int64) * SLOT_STRIDE
+        keys = written_keys(low, first_key, seq_len, WINDOW, BLOCK_KEYS)
+        pages = tl.load(table_row + keys // BLOCK_SIZE)
+    return pages
 
 
 @triton.jit
@@ -156,9 +171,9 @@ def attend_tile(
     high_words,  # [BLOCK_ROWS] int64, rows 64 and up; read if SECOND_WORD > 0
     depths,  # [BLOCK_ROWS] int32
     low,  # first key of the tile
+    pages,  # [BLOCK_KEYS] int32, or one for all keys
     k_head,  # cache + this head's offset
     v_head,
-    table_row,
     masks_row,
     first_key,
     context,
@@ -167,7 +182,6 @@ def attend_tile(
     BLOCK_STRIDE: tl.constexpr,
     SLOT_STRIDE: tl.constexpr,
     V_OFFSET: tl.constexpr,  # elements from a key to its value, 0: v_head says
-    IN_ONE_PAGE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -183,15 +197,9 @@ def attend_tile(
     """
     keys = low + tl.arange(0, BLOCK_KEYS)
     dims = tl.arange(0, PADDED_HEAD)
-    # Keys that no row sees may lie in freed pages, and 0 * NaN would be NaN: the nearest key
-    # that was written stands for them. A mask would cost a tenth of the loop's instructions.
-    written = tl.minimum(keys, seq_len - 1)
-    if WINDOW > 0:
-        written = tl.maximum(written, first_key)
-    # Unsigned: a signed division by a power of two corrects negative numbers.
-    offsets = key_offsets(
-        table_row, written.to(tl.uint32), low, BLOCK_STRIDE, SLOT_STRIDE, BLOCK_SIZE, IN_ONE_PAGE
-    )
+    slots = written_keys(low, first_key, seq_len, WINDOW, BLOCK_KEYS) % BLOCK_SIZE
+    # int64 from the first multiply.
+    offsets = pages.to(tl.int64) * BLOCK_STRIDE + slots.to(tl.int64) * SLOT_STRIDE
     # Keys are loaded as rows, like values, so that both share one layout of addresses.
     k_ptrs = k_head + offsets[:, None] + dims[None, :]
     if V_OFFSET > 0:
@@ -235,44 +243,6 @@ def attend_tile(
     acc = acc * decay[:, None]
     acc = tl.dot(weights.to(q_tile.dtype), v.to(q_tile.dtype), acc, input_precision="ieee")
     return acc, new_max, row_sum
-
-
-@triton.jit
-def join_tile(
-    workspace,  # [num_splits, num_pairs, PADDED_HEAD] float32, other programs' accumulators
-    stats,  # [num_splits, num_pairs, 2] float32, their maxima and sums
-    pairs,  # [BLOCK_ROWS] int64
-    num_pairs,
-    num_used,  # splits that hold results
-    is_row,  # [BLOCK_ROWS]
-    PADDED_HEAD: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
-    """Accumulator, maximum and sum over all splits of a tile's pairs.
-
-    In the order of the splits, whichever program ended last: equal bits in every run.
-    """
-    # Other multiprocessors wrote them: read them where they all meet, in L2.
-    splits = tl.arange(0, BLOCK_SPLITS).to(tl.int64)
-    places = stats + 2 * (splits[:, None] * num_pairs + pairs[None, :])
-    is_used = (splits < num_used)[:, None] & is_row[None, :]
-    maxima = tl.load(places, mask=is_used, other=float("-inf"), cache_modifier=".cg")
-    sums = tl.load(places + 1, mask=is_used, other=0.0, cache_modifier=".cg")
-    row_max = tl.max(maxima, 0)
-    anchor = tl.where(row_max == float("-inf"), 0.0, row_max)
-    row_sum = tl.sum(sums * tl.exp2(maxima - anchor[None, :]), 0)
-    acc = tl.zeros([pairs.shape[0], PADDED_HEAD], tl.float32)
-    acc_ptrs = workspace + pairs[:, None] * PADDED_HEAD + tl.arange(0, PADDED_HEAD)[None, :]
-    for split in tl.range(0, num_used, loop_unroll_factor=2):
-        step = tl.cast(split, tl.int64) * num_pairs
-        part = tl.load(
-            acc_ptrs + step * PADDED_HEAD, mask=is_row[:, None], other=0.0, cache_modifier=".cg"
-        )
-        split_max = tl.load(
-            stats + 2 * (step + pairs), mask=is_row, other=float("-inf"), cache_modifier=".cg"
-        )
-        acc += part * tl.exp2(split_max - anchor)[:, None]
-    return acc, row_max, row_sum
 
 
 @triton.jit

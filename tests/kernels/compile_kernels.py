@@ -46,7 +46,7 @@ FLOAT8 = ATTENTION | {"q": "*fp8e4nv", "k_cache": "*fp8e4nv", "v_cache": "*fp8e4
 SHAPE = {
     "SCALE": 0.125, "SOFT_CAP": 0.0, "WINDOW": 0, "SCALES": 1, "NUM_KV_HEADS": 2, "GROUP": 4,
     "HEAD_SIZE": 32, "PADDED_HEAD": 32, "BLOCK_SIZE": 16, "BLOCK_ROWS": 16, "BLOCK_KEYS": 32,
-    "SECOND_WORD": 0, "MIN_TILES": 1, "IS_SPLIT": True, "BLOCK_SPLITS": 8,
+    "SECOND_WORD": 0, "MIN_TILES": 1, "IS_SPLIT": True, "LAST_JOINS": True,
     "CHAINED": False, "BLOCK_STRIDE": 2048, "SLOT_STRIDE": 64, "HEAD_STRIDE": 1024, "V_OFFSET": 32,
     "sinks": None, "k_scale": None, "v_scale": None, "q_scale": None,
 }  # fmt: skip

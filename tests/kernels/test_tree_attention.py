@@ -284,6 +284,21 @@ def test_splits_and_workspace_change_nothing_but_rounding(device):
         check(case, device, num_splits=5, workspace=workspace[1:])
 
 
+@pytest.mark.parametrize(
+    ("join_rows", "num_splits"),
+    [(0, 9), (4, 9), (8, 2), (16, 12)],
+    ids=["last-program", "own-kernel", "fewer-splits-than-in-flight", "splits-without-keys"],
+)
+def test_who_joins_the_splits_does_not_matter(device, join_rows, num_splits):
+    case = Case((tree("random-30"), None, tree("root-only")), (500, 0, 3), kv_heads=1, group=3,
+                sinks=True, scales=1)  # fmt: skip
+    plan = plan_attention(
+        num_reqs=3, num_kv_heads=1, group=3, head_size=64, item_size=4, max_query_len=31,
+        max_seq_len=531, num_multiprocessors=132, num_splits=num_splits,
+    )  # fmt: skip
+    check(case, device, plan=replace(plan, join_rows=join_rows))
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_batch(device, seed):
