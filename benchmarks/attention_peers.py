@@ -76,7 +76,9 @@ def xformers(arguments: dict[str, Any]) -> Callable[[], None]:
     )  # fmt: skip
     bias = torch.zeros(rows, rows, dtype=a["q"].dtype, device=table.device)
     bias.masked_fill_(~ancestor_bits(a), float("-inf"))
-    return lambda: attend(a["out"], a["q"], own_keys, own_values, keys, values, mask, bias)
+    return lambda: attend(
+        a["out"], a["q"], own_keys, own_values, keys, values, mask, bias
+    )
 
 
 def _repaged(

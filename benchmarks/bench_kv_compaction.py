@@ -126,9 +126,7 @@ def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     args = parse_on_gpu(kernel_benchmark_parser(__doc__, "Llama-3-8B in bfloat16 only"))
-    print(
-        f"{'microseconds':<34}{'kernel':>11}{'p90-p10':>11}{'indexing':>11}{'GB/s':>11}{'goal':>11}"
-    )
+    print(f"{'microseconds':<34}{'kernel':>11}{'p90-p10':>11}{'indexing':>11}{'GB/s':>11}{'goal':>11}")
     rows = []
     for shape in QUICK_SHAPES if args.quick else SHAPES:
         row = bench_shape(shape, args.repeats)

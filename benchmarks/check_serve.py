@@ -1,6 +1,6 @@
 """Start ``vllm serve --speculative-model medusa:HEADS``, stream a few answers, record the metrics.
 
-python benchmarks/check_serve.py --model MODEL --heads HEADS --out record.json
+    python benchmarks/check_serve.py --model MODEL --heads HEADS --out record.json
 """
 
 from __future__ import annotations

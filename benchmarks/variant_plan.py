@@ -105,7 +105,9 @@ def choose(
         raise ValueError(f"unknown variants {unknown}; expected some of {sorted(known)}")
     wanted = set(names or DEFAULT) - set(trained)
     return [
-        _lengthened(v, seconds.get(v.name, v.seconds * scale)) for v in VARIANTS if v.name in wanted
+        _lengthened(v, seconds.get(v.name, v.seconds * scale))
+        for v in VARIANTS
+        if v.name in wanted
     ]
 
 

@@ -264,7 +264,9 @@ class Widening:
         return out
 
     def _mlp_output(self, weight: torch.Tensor | None) -> torch.Tensor:
-        out = torch.zeros(self.shape.hidden_size, self.shape.intermediate_size, dtype=self.dtype)
+        out = torch.zeros(
+            self.shape.hidden_size, self.shape.intermediate_size, dtype=self.dtype
+        )
         if weight is not None:
             out[: weight.shape[0], : weight.shape[1]] = weight
         return out

@@ -128,7 +128,9 @@ def check_best_tree(
         check_tensor("scratch", scratch, shape=shape, dtype=int32, device=device)
 
 
-def _check_chains(chains: Chains, num_reqs: int, num_candidates: int, device: torch.device) -> None:
+def _check_chains(
+    chains: Chains, num_reqs: int, num_candidates: int, device: torch.device
+) -> None:
     shape = [at_least(num_reqs), None]
     _check_contiguous("chains.tokens", chains.tokens, shape, torch.int64, device)
     length, most = chains.tokens.shape[1], MAX_CANDIDATES - num_candidates
@@ -166,7 +168,9 @@ def check_lookup(
         check_tensor(f"workspace.{name}", tensor, shape=[reqs], dtype=int32, device=device)
 
 
-def _check_logits(logits: torch.Tensor, token_map: torch.Tensor | None) -> tuple[int, int, int]:
+def _check_logits(
+    logits: torch.Tensor, token_map: torch.Tensor | None
+) -> tuple[int, int, int]:
     """Requests, heads and vocabulary of the heads' logits."""
     device = logits.device
     check_tensor("logits", logits, shape=[None, None, None], dtype=_FLOATS, device=device)

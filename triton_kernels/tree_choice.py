@@ -263,7 +263,9 @@ def best_tree(
     ``(0, 0)`` at -0.8 and ``(0, 1)`` at -1.0, that is parents ``-1 0 1 1``; node ``(1)`` at -2.4
     would be the fourth.
     """
-    check_best_tree(out, tables, tokens, log_probs, slots, candidates, fixed, chains, scratch)
+    check_best_tree(
+        out, tables, tokens, log_probs, slots, candidates, fixed, chains, scratch
+    )
     check_runnable("log_probs", log_probs, _best_tree_kernel)
     num_reqs, num_nodes = slots.shape[0], out.shape[1]
     if num_reqs == 0:

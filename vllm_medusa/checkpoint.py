@@ -161,11 +161,8 @@ def _lm_head_keys(reader: HeadReader, num_heads: int) -> list[str]:
     if table.common_lm_head:
         if keys:
             raise CheckpointError(
-                reader.source.file_of(table.common_lm_head),
-                table.common_lm_head,
-                "a common lm_head beside lm_heads.*",
-                "one or the other",
-                "remove one of them",
+                reader.source.file_of(table.common_lm_head), table.common_lm_head,
+                "a common lm_head beside lm_heads.*", "one or the other", "remove one of them",
             )
         return [table.common_lm_head]
     # vLLM's own default is one lm_head per head; a file without any is incomplete
@@ -187,9 +184,7 @@ def _hidden_size(
     found = tensor.shape[-1] if tensor.ndim and tensor.numel() else 0
     if found < 1 or (wanted is not None and found != wanted):
         raise CheckpointError(
-            reader.source.file_of(key),
-            key,
-            f"hidden size {found} (shape {list(tensor.shape)})",
+            reader.source.file_of(key), key, f"hidden size {found} (shape {list(tensor.shape)})",
             f"hidden size {wanted or 'of a matrix'}",
             f"use heads trained for this base model{base_note}",
         )
@@ -211,21 +206,15 @@ def _read_lm_heads(
     rows = first.shape[0] if first.ndim else 0
     if rows < 1:
         raise CheckpointError(
-            reader.source.file_of(keys[0]),
-            keys[0],
-            f"shape {list(first.shape)}",
-            f"[rows, {width}]",
-            "save the heads again",
+            reader.source.file_of(keys[0]), keys[0], f"shape {list(first.shape)}",
+            f"[rows, {width}]", "save the heads again",
         )
     subset = rows if token_map is None else token_map.shape[1]
     # vLLM keeps full lm_heads beside a token_map and cuts them when it loads.
     cut = reader.table.letter == "D" and rows > subset and token_map.shape[0] == 1
     if rows != subset and not cut:
         raise CheckpointError(
-            reader.source.file_of(keys[0]),
-            keys[0],
-            f"{rows} rows",
-            f"{subset}, the token map's",
+            reader.source.file_of(keys[0]), keys[0], f"{rows} rows", f"{subset}, the token map's",
             "cut the lm_heads and the map together",
         )
     if cut:
@@ -257,10 +246,7 @@ def _vocab_size(
         key = next(iter(reader.table.lm_heads.values()), reader.table.common_lm_head)
     if found is not None and wanted is not None and found != wanted:
         raise CheckpointError(
-            reader.source.file_of(key),
-            key,
-            f"a vocabulary of {found}",
-            f"{wanted}",
+            reader.source.file_of(key), key, f"a vocabulary of {found}", f"{wanted}",
             f"use heads trained for this base model{base_note}; heads for part of its vocabulary "
             "need a token_map in the file",
         )
@@ -289,9 +275,7 @@ def _compare_base(weights: HeadWeights, base_model: str | None) -> None:
         logger.warning(
             "%s: config.json says these heads were trained for %r, they are used with %r; "
             "acceptance will be low if the models differ",
-            weights.source_files[0],
-            recorded,
-            base_model,
+            weights.source_files[0], recorded, base_model,
         )
 
 
@@ -321,9 +305,5 @@ def _compare_config(weights: HeadWeights) -> None:
             if key in mapping and mapping[key] != value:
                 logger.warning(
                     "%s: config.json says %s%s = %r, the file holds %r; the file is used",
-                    weights.source_files[0],
-                    where,
-                    key,
-                    mapping[key],
-                    value,
+                    weights.source_files[0], where, key, mapping[key], value,
                 )

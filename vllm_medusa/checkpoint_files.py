@@ -76,10 +76,7 @@ class TensorSource:
             tensor = opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
         except (KeyError, SafetensorError) as error:
             raise CheckpointError(
-                file,
-                key,
-                "no such tensor",
-                "the tensor that the index names",
+                file, key, "no such tensor", "the tensor that the index names",
                 f"download the checkpoint again ({error})",
             ) from None
         return tensor
@@ -92,10 +89,7 @@ def find_source(path: str | Path) -> TensorSource:
         is_folder, is_file = local.is_dir(), local.is_file()
     except (OSError, RuntimeError) as error:  # name too long, no access, no such user
         raise CheckpointError(
-            path,
-            None,
-            f"a path that cannot be looked up ({error})",
-            "a checkpoint",
+            path, None, f"a path that cannot be looked up ({error})", "a checkpoint",
             "give a directory, a .safetensors or .pt file, or a hub id such as owner/name",
         ) from None
     if is_folder:
@@ -105,10 +99,7 @@ def find_source(path: str | Path) -> TensorSource:
     match = _HUB_ID.fullmatch(str(path))
     if match is None or str(path).endswith((*PICKLE_SUFFIXES, ".safetensors")):
         raise CheckpointError(
-            path,
-            None,
-            "no such file or directory",
-            "a checkpoint",
+            path, None, "no such file or directory", "a checkpoint",
             "give a directory, a .safetensors or .pt file, or a hub id such as owner/name",
         )
     directory = _download(match["repo"], match["revision"])
@@ -121,10 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     if (size := path.stat().st_size) > MOST_JSON_BYTES:
         raise CheckpointError(
-            path,
-            None,
-            f"{size} bytes",
-            f"JSON of at most {MOST_JSON_BYTES} bytes",
+            path, None, f"{size} bytes", f"JSON of at most {MOST_JSON_BYTES} bytes",
             "repair or remove the file",
         )
     try:
@@ -144,10 +132,7 @@ def open_tensors(file: Path) -> Any:
     """Open a safetensors file lazily, or a pickle of tensors as a dict."""
     if not file.is_file():
         raise CheckpointError(
-            file,
-            None,
-            "no such file",
-            "the shard that the index names",
+            file, None, "no such file", "the shard that the index names",
             "download the checkpoint again",
         )
     if file.suffix not in PICKLE_SUFFIXES:
@@ -155,11 +140,8 @@ def open_tensors(file: Path) -> Any:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError, MemoryError) as error:
             raise CheckpointError(
-                file,
-                None,
-                f"a damaged or truncated file of {file.stat().st_size} bytes ({error})",
-                "a complete safetensors file",
-                "download or copy it again",
+                file, None, f"a damaged or truncated file of {file.stat().st_size} bytes ({error})",
+                "a complete safetensors file", "download or copy it again",
             ) from None
     return _read_pickle(file)
 
@@ -167,8 +149,7 @@ def open_tensors(file: Path) -> Any:
 def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     logger.warning(
         "%s is a pickle; it was read with weights_only=True. Run `vllm-medusa convert` to turn it "
-        "into safetensors.",
-        file,
+        "into safetensors.", file
     )
     try:
         _check_archive(file)
@@ -177,28 +158,19 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # damage makes the unpickler raise anything, KeyError to IndexError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            file,
-            None,
-            f"a pickle that cannot be read safely ({reason})",
-            "a state dict of tensors only",
-            "get a safetensors copy, or download it again",
+            file, None, f"a pickle that cannot be read safely ({reason})",
+            "a state dict of tensors only", "get a safetensors copy, or download it again",
         ) from None
     if not isinstance(content, dict):
         raise CheckpointError(
-            file,
-            None,
-            f"a pickled {type(content).__name__}",
-            "a state dict of tensors",
+            file, None, f"a pickled {type(content).__name__}", "a state dict of tensors",
             "save `medusa_head.state_dict()` instead of the object",
         )
     for key, value in content.items():
         what = _what_is_wrong(key, value)
         if what:
             raise CheckpointError(
-                file,
-                str(key),
-                what,
-                "the name and values of a tensor",
+                file, str(key), what, "the name and values of a tensor",
                 "save the heads' state dict alone",
             )
     return content
@@ -231,10 +203,7 @@ def _open_file(path: Path, file: Path) -> TensorSource:
         weight_map = read_json(file).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(
-                file,
-                "weight_map",
-                repr(weight_map),
-                "tensor names and shard files",
+                file, "weight_map", repr(weight_map), "tensor names and shard files",
                 "download the checkpoint again",
             )
         for key, shard in weight_map.items():
@@ -244,9 +213,7 @@ def _open_file(path: Path, file: Path) -> TensorSource:
         )
     if file.suffix not in (*PICKLE_SUFFIXES, ".safetensors"):
         raise CheckpointError(
-            file,
-            None,
-            f"a file ending in {file.suffix!r}",
+            file, None, f"a file ending in {file.suffix!r}",
             ".safetensors, .pt, .pth, .bin or .index.json",
             "give the weights file or its directory",
         )
@@ -267,11 +234,8 @@ def _check_shard_name(index: Path, key: str, shard: Any) -> None:
         or ".." in Path(shard).parts
     ):
         raise CheckpointError(
-            index,
-            key,
-            f"the shard {str(shard)[:MOST_NAME_LENGTH]!r}",
-            "a weights file in the same directory",
-            "download the checkpoint again",
+            index, key, f"the shard {str(shard)[:MOST_NAME_LENGTH]!r}",
+            "a weights file in the same directory", "download the checkpoint again",
         )
 
 
@@ -291,9 +255,7 @@ def _pick_file(directory: Path) -> Path:
         return directory / others[0]
     contents = sorted(file.name for file in directory.iterdir())
     raise CheckpointError(
-        directory,
-        None,
-        f"weights files {others}" if others else f"no weights file in {contents}",
+        directory, None, f"weights files {others}" if others else f"no weights file in {contents}",
         f"one of {', '.join(KNOWN_FILES)}, or exactly one other weights file",
         "give the path of the weights file itself",
     )
@@ -323,10 +285,7 @@ def _fetch(repo: str, revision: str | None, patterns: Iterable[str]) -> Path:
         import huggingface_hub
     except ImportError:
         raise CheckpointError(
-            repo,
-            None,
-            "no such path",
-            "a local checkpoint",
+            repo, None, "no such path", "a local checkpoint",
             "install huggingface_hub to download by hub id",
         ) from None
     try:
@@ -338,9 +297,7 @@ def _fetch(repo: str, revision: str | None, patterns: Iterable[str]) -> Path:
     # Every cause (offline, unknown repository, gated, disk) ends in the same advice.
     except Exception as error:
         raise CheckpointError(
-            repo,
-            None,
-            f"no such path, and the hub gave no checkpoint ({type(error).__name__}: "
+            repo, None, f"no such path, and the hub gave no checkpoint ({type(error).__name__}: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'})",
             "a local checkpoint or a reachable hub id",
             "check the spelling, log in, or download it elsewhere and give the directory",

@@ -139,9 +139,7 @@ def classify_keys(keys: Iterable[str], file: Path, config: Mapping[str, Any]) ->
         if any(re.match(re.escape(prefix) + r"\d+\.", key) for key in keys):
             return _classify_nested(keys, file, prefix, letter)
     raise CheckpointError(
-        file,
-        None,
-        f"{len(keys)} tensors without a Medusa head (first: {keys[:3]})",
+        file, None, f"{len(keys)} tensors without a Medusa head (first: {keys[:3]})",
         "keys such as 0.0.linear.weight, medusa_head.0.0.linear.weight or blocks.0.layers.0.weight",
         "give the checkpoint of the heads, not that of the base model",
     )
@@ -247,9 +245,6 @@ def _classify_flat(keys: list[str], file: Path, config: Mapping[str, Any]) -> Ke
 
 def _extra_key(file: Path, key: str) -> CheckpointError:
     return CheckpointError(
-        file,
-        key,
-        "a tensor that belongs to no head",
-        "only layers, lm_heads and token maps",
+        file, key, "a tensor that belongs to no head", "only layers, lm_heads and token maps",
         "remove it, or check that this is a Medusa checkpoint",
     )

@@ -71,11 +71,8 @@ def save_heads(
     others = [name for name in KNOWN_FILES if name != target.name and (directory / name).exists()]
     if others:
         raise CheckpointError(
-            directory,
-            None,
-            f"other weights ({', '.join(others)})",
-            f"an empty directory or one with {target.name}",
-            "choose another directory",
+            directory, None, f"other weights ({', '.join(others)})",
+            f"an empty directory or one with {target.name}", "choose another directory",
         )
     config = config_of(weights, format) | dict(extra_config or {})
     # Renaming is atomic: a reader never sees half a file.
@@ -91,10 +88,7 @@ def convert_heads(weights: HeadWeights, directory: str | Path, format: str) -> P
     directory = Path(directory)
     if any(directory.resolve() == file.parent.resolve() for file in weights.source_files):
         raise CheckpointError(
-            directory,
-            None,
-            "the source's own directory",
-            "another directory",
+            directory, None, "the source's own directory", "another directory",
             "choose a new directory, so that the original stays readable",
         )
     target = save_heads(weights, directory, format)
@@ -147,9 +141,7 @@ def _refuse_losses(weights: HeadWeights, format: str, directory: Path) -> None:
     if losses:
         holding = [name for name in SAVE_FORMATS if not what_would_be_lost(weights, name)]
         raise CheckpointError(
-            directory,
-            None,
-            f"heads with {' and '.join(losses)}",
+            directory, None, f"heads with {' and '.join(losses)}",
             f"heads that format {format} can hold",
             f"{', '.join(holding)} would hold them" if holding else "no format written here does",
         )

@@ -87,10 +87,8 @@ class HeadReader:
         if len(positions) > 1:
             head, extra = min(place for place in table.lm_heads if place[1] != position)
             raise CheckpointError(
-                self.source.file_of(table.lm_heads[head, extra]),
-                table.lm_heads[head, extra],
-                f"an lm_head at position {extra}",
-                f"all lm_heads at position {position}",
+                self.source.file_of(table.lm_heads[head, extra]), table.lm_heads[head, extra],
+                f"an lm_head at position {extra}", f"all lm_heads at position {position}",
                 "save the heads again, all with the same number of layers",
             )
         if table.flat or table.named_lm_heads or position == num_layers:
@@ -98,9 +96,7 @@ class HeadReader:
         if num_layers == 1 and 1 < position <= MOST_TIED_LAYERS:
             logger.warning(
                 "%s: one layer per head in front of lm_head %d; reading it as %d tied layers",
-                self.source.path,
-                position,
-                position,
+                self.source.path, position, position,
             )
             return position
         missing_layer = min(position, num_layers)
@@ -114,10 +110,7 @@ class HeadReader:
     def missing(self, key: str, found: str) -> CheckpointError:
         """Return the error for a key that should be there."""
         return CheckpointError(
-            self.source.file_of(key),
-            key,
-            f"{found}, but not this key",
-            "a complete checkpoint",
+            self.source.file_of(key), key, f"{found}, but not this key", "a complete checkpoint",
             "download or save the checkpoint again",
         )
 
@@ -133,9 +126,7 @@ class HeadReader:
             tensor_dtype = self.source.read(key).dtype
             if tensor_dtype not in (*PLAIN_DTYPES, *FP8_DTYPES):
                 raise CheckpointError(
-                    self.source.file_of(key),
-                    key,
-                    str(tensor_dtype),
+                    self.source.file_of(key), key, str(tensor_dtype),
                     "bfloat16, float16, float32, float64 or scaled float8",
                     "save the heads unquantised",
                 )
@@ -145,11 +136,8 @@ class HeadReader:
         plain = [item for item in found if item in PLAIN_DTYPES]
         if len(plain) > 1:
             raise CheckpointError(
-                self.source.file_of(found[plain[1]]),
-                found[plain[1]],
-                f"{plain[1]} beside {plain[0]}",
-                "one dtype",
-                "name the dtype you want (--dtype)",
+                self.source.file_of(found[plain[1]]), found[plain[1]],
+                f"{plain[1]} beside {plain[0]}", "one dtype", "name the dtype you want (--dtype)",
             )
         if len(plain) < len(found):
             logger.info("%s: FP8 weights are dequantised to bfloat16", self.source.path)
@@ -158,8 +146,8 @@ class HeadReader:
     def matrix(self, key: str, shape: tuple[int | None, int], dtype: torch.dtype) -> torch.Tensor:
         """Read a weight [rows, hidden_size]; ``rows`` None accepts any number."""
         tensor = self.source.read(key)
-        good = (
-            tensor.ndim == 2 and tensor.shape[1] == shape[1] and shape[0] in (None, tensor.shape[0])
+        good = tensor.ndim == 2 and tensor.shape[1] == shape[1] and shape[0] in (
+            None, tensor.shape[0]
         )
         if not good:
             rows = "rows" if shape[0] is None else shape[0]
@@ -175,20 +163,14 @@ class HeadReader:
             self._refuse_shape(key, tensor, f"[{size}]")
         if tensor.dtype in FP8_DTYPES:
             raise CheckpointError(
-                self.source.file_of(key),
-                key,
-                f"a bias in {tensor.dtype}",
-                "biases in bfloat16, float16, float32 or float64",
-                "save the biases unquantised",
+                self.source.file_of(key), key, f"a bias in {tensor.dtype}",
+                "biases in bfloat16, float16, float32 or float64", "save the biases unquantised",
             )
         return self._finite(key, tensor, dtype)
 
     def _refuse_shape(self, key: str, tensor: torch.Tensor, expected: str) -> None:
         raise CheckpointError(
-            self.source.file_of(key),
-            key,
-            f"shape {list(tensor.shape)}",
-            f"shape {expected}",
+            self.source.file_of(key), key, f"shape {list(tensor.shape)}", f"shape {expected}",
             "all heads must have the same shapes; save the checkpoint again",
         )
 
@@ -200,8 +182,7 @@ class HeadReader:
         scale = self.source.read(scale_key)
         if scale.numel() not in (1, tensor.shape[0]) or scale.dtype not in PLAIN_DTYPES:
             raise CheckpointError(
-                self.source.file_of(scale_key),
-                scale_key,
+                self.source.file_of(scale_key), scale_key,
                 f"shape {list(scale.shape)} {scale.dtype}",
                 f"one floating-point scale, or one per row ({tensor.shape[0]})",
                 "export the heads with per-tensor or per-channel FP8",
@@ -213,19 +194,14 @@ class HeadReader:
         if not _all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
-                self.source.file_of(key),
-                key,
-                f"{bad} NaN or Inf values",
-                "finite weights",
+                self.source.file_of(key), key, f"{bad} NaN or Inf values", "finite weights",
                 "the training run diverged or the file is damaged; use another checkpoint",
             )
         cast = tensor.to(dtype)
         if cast.dtype != tensor.dtype and not _all_finite(cast):
             raise CheckpointError(
-                self.source.file_of(key),
-                key,
-                f"values up to {tensor.abs().max().item():.3g}",
-                f"values within {dtype}",
+                self.source.file_of(key), key,
+                f"values up to {tensor.abs().max().item():.3g}", f"values within {dtype}",
                 "load with dtype bfloat16 or float32",
             )
         return cast

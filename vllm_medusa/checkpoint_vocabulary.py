@@ -21,10 +21,7 @@ def read_token_map(reader: HeadReader) -> torch.Tensor | None:
     direct = [name for name in ("token_map", "token_id_remap") if name in maps]
     if len(direct) + ("d2t" in maps or "t2d" in maps) > 1:
         raise _refuse(
-            reader,
-            direct[0],
-            f"several token maps ({', '.join(sorted(maps))})",
-            "one of them",
+            reader, direct[0], f"several token maps ({', '.join(sorted(maps))})", "one of them",
             "remove the others",
         )
     if direct:
@@ -53,20 +50,14 @@ def check_token_map(
     name = next(iter(reader.table.maps))
     if ids.shape[0] not in (1, num_heads):
         raise _refuse(
-            reader,
-            name,
-            f"{ids.shape[0]} rows",
-            f"1 row or {num_heads}, one per head",
+            reader, name, f"{ids.shape[0]} rows", f"1 row or {num_heads}, one per head",
             "save one map for all heads or one for each",
         )
     upper = int(ids.max()) if ids.numel() else -1
     if ids.numel() == 0 or int(ids.min()) < 0 or (vocab_size is not None and upper >= vocab_size):
         span = f"ids {int(ids.min())}..{upper}" if ids.numel() else "no ids"
         raise _refuse(
-            reader,
-            name,
-            span,
-            f"ids 0..{vocab_size - 1}" if vocab_size else "ids >= 0",
+            reader, name, span, f"ids 0..{vocab_size - 1}" if vocab_size else "ids >= 0",
             "use heads that were cut for this vocabulary",
         )
     for row in ids:
@@ -80,11 +71,8 @@ def _read_integers(reader: HeadReader, name: str) -> torch.Tensor:
     tensor = reader.source.read(reader.table.maps[name])
     if tensor.dtype not in INTEGER_DTYPES or tensor.ndim not in (1, 2):
         raise _refuse(
-            reader,
-            name,
-            f"shape {list(tensor.shape)} {tensor.dtype}",
-            "int64 [subset] or [num_heads, subset]",
-            "save the ids as integers",
+            reader, name, f"shape {list(tensor.shape)} {tensor.dtype}",
+            "int64 [subset] or [num_heads, subset]", "save the ids as integers",
         )
     return tensor.to(torch.int64)
 
@@ -93,10 +81,7 @@ def _read_mask(reader: HeadReader) -> torch.Tensor:
     tensor = reader.source.read(reader.table.maps["t2d"])
     if tensor.dtype != torch.bool or tensor.ndim != 1:
         raise _refuse(
-            reader,
-            "t2d",
-            f"shape {list(tensor.shape)} {tensor.dtype}",
-            "bool [vocab_size]",
+            reader, "t2d", f"shape {list(tensor.shape)} {tensor.dtype}", "bool [vocab_size]",
             "save the mask of draft tokens as booleans",
         )
     return tensor
@@ -106,11 +91,8 @@ def _compare_with_mask(reader: HeadReader, ids: torch.Tensor) -> None:
     mask = _read_mask(reader)
     if ids.ndim != 1 or not torch.equal(ids.sort().values, mask.nonzero().flatten()):
         raise _refuse(
-            reader,
-            "d2t",
-            "offsets that lead to other tokens than t2d marks",
-            "i + d2t[i] to be the tokens of t2d",
-            "rebuild both from one list of draft tokens",
+            reader, "d2t", "offsets that lead to other tokens than t2d marks",
+            "i + d2t[i] to be the tokens of t2d", "rebuild both from one list of draft tokens",
         )
 
 

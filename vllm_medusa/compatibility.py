@@ -318,7 +318,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "KV offloading with pipeline parallelism",
         "the stages move accepted rows at different times, and offloading then is not tested",
-        lambda c: c.kv_transfer_config is not None and c.parallel_config.pipeline_parallel_size > 1,
+        lambda c: (
+            c.kv_transfer_config is not None and c.parallel_config.pipeline_parallel_size > 1
+        ),
     ),
     Refusal(
         "decode context parallelism",

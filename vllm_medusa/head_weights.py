@@ -137,7 +137,9 @@ class HeadSpec:
             "token_map": (self.num_token_maps, self.vocab_subset_size)
             if self.num_token_maps
             else None,
-            "lm_head_down": None if self.lm_head_rank is None else (heads, self.lm_head_rank, size),
+            "lm_head_down": None
+            if self.lm_head_rank is None
+            else (heads, self.lm_head_rank, size),
             "path_weight": (self.num_path_weights, size, size) if self.sequential else None,
         }
 

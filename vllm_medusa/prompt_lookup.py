@@ -63,7 +63,9 @@ class PromptLookup:
         Ids that the target embeds; a history may hold others in the place of images.
     """
 
-    def __init__(self, history: torch.Tensor, lengths: torch.Tensor, length: int, vocab_size: int):
+    def __init__(
+        self, history: torch.Tensor, lengths: torch.Tensor, length: int, vocab_size: int
+    ):
         self.history, self.lengths, self.vocab_size = history, lengths, vocab_size
         device, num_reqs = lengths.device, lengths.shape[0]
         self.chains = Chains(

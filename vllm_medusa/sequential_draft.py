@@ -165,7 +165,9 @@ class ChosenSequentialDrafter:
         self.drafter, tree = drafter, tree_batch.tree
         # Every node has a column of its own, which is its place, so that both tables are one.
         _, ancestors = candidate_tables(tree.paths, tree.max_depth, tree.max_rank + 1)
-        self.chooser = TreeChooser(tree_batch, ancestors, ancestors, range(tree.num_nodes), lookup)
+        self.chooser = TreeChooser(
+            tree_batch, ancestors, ancestors, range(tree.num_nodes), lookup
+        )
 
     def draft(
         self,

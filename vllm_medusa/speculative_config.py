@@ -163,7 +163,9 @@ def create_medusa_config(
         )
     num_heads = usable_heads(options, heads.spec, target_parallel_config)
     tree = choose_tree(options, num_heads, heads.tree_path)
-    options = resolve_tree(options, tree.num_nodes, heads.spec, num_heads, target_parallel_config)
+    options = resolve_tree(
+        options, tree.num_nodes, heads.spec, num_heads, target_parallel_config
+    )
     schedule = choose_schedule(options, tree)
     free = (options.shape, options.num_speculative_tokens, schedule) == (None, None, None)
     if free and heads.tree_path is not None and current_platform.is_cpu():

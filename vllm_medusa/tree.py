@@ -195,7 +195,8 @@ class TokenTree:
     def nodes_per_depth(self) -> tuple[int, ...]:
         """Number of nodes at depth 1, 2, .., max_depth."""
         return tuple(
-            sum(len(path) == depth for path in self.paths) for depth in range(1, self.max_depth + 1)
+            sum(len(path) == depth for path in self.paths)
+            for depth in range(1, self.max_depth + 1)
         )
 
     @cached_property

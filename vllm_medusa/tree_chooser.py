@@ -47,7 +47,9 @@ class TreeChooser:
             # Row 0 of any slot: no tree was chosen yet.
             *(table[0].clone() for table in self.tables),
         )
-        self.scratch = torch.empty(max_num_reqs * (num_rows - 1), dtype=torch.int32, device=device)
+        self.scratch = torch.empty(
+            max_num_reqs * (num_rows - 1), dtype=torch.int32, device=device
+        )
 
     def choose(
         self,

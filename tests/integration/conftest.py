@@ -30,7 +30,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_spelled(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def tiny_spelled(
+    tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """The same with a tokenizer of single characters."""
     import tiny_tokenizer
 

@@ -60,7 +60,9 @@ class HostOffloadingWorker(OffloadingWorker):
         to, of = (torch.as_tensor(spec.block_ids).long() for spec in (dst_spec, src_spec))
         return self._submit(job_id, self.chunks, self.caches, src_spec, to, of)
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec
+    ) -> bool:
         """Host to cache."""
         to, of = (torch.as_tensor(spec.block_ids).long() for spec in (dst_spec, src_spec))
         return self._submit(job_id, self.caches, self.chunks, dst_spec, to, of)

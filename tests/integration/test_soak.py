@@ -81,7 +81,9 @@ def run_soak(
     return result
 
 
-def plain_tokens(model: dict[str, str], run_series, count: int, keep: int) -> dict[int, list[int]]:
+def plain_tokens(
+    model: dict[str, str], run_series, count: int, keep: int
+) -> dict[int, list[int]]:
     """What plain vLLM answers to every ``keep``-th request: its V2 runner draws Medusa's noise."""
     indices = range(0, count, keep)
     asked = [soak_traffic.request(index) for index in indices]

@@ -228,17 +228,11 @@ PART_CASES = {
     "soft-cap-and-sinks": Case((tree("random-30"),), (50,), soft_cap=2.0, sinks=True, group=3),
     "head-size-80": Case((tree("random-30"),), (50,), head_size=80),
     "half": Case((tree("full-63"),), (70,), dtype=torch.float16, head_size=128),
-    "float8": Case(
-        (tree("random-30"),), (50,), cache_dtype=torch.float8_e5m2, scales=1, sinks=True
-    ),
-    "float8-queries": Case(
-        (tree("full-63"), tree("one-node")),
-        (70, 0),
-        dtype=torch.float16,
-        cache_dtype=torch.float8_e4m3fn,
-        query_dtype=torch.float8_e4m3fn,
-        scales=2,
-    ),
+    "float8": Case((tree("random-30"),), (50,), cache_dtype=torch.float8_e5m2, scales=1,
+                   sinks=True),
+    "float8-queries": Case((tree("full-63"), tree("one-node")), (70, 0), dtype=torch.float16,
+                           cache_dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn,
+                           scales=2),
     "two-words": Case((tree("full-127"), tree("one-node")), (70, 9), group=2),
     "two-words-half": Case((tree("random-126"), tree("random-64")), (33, 0), dtype=torch.float16),
 }

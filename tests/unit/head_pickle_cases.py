@@ -68,7 +68,7 @@ def live_programs(trace: bytes) -> tuple[bytes, ...]:
         b"\x80\x04\x8c\x05posix\x8c\x05mkdir\x93" + text + b"\x85R.",
         b"(" + text + b"iposix\nmkdir\n.",
         b"(cposix\nmkdir\n" + text + b"o.",
-        b'cbuiltins\neval\n(S\'__import__("os").mkdir("' + trace + b"\")'\ntR.",
+        b"cbuiltins\neval\n(S'__import__(\"os\").mkdir(\"" + trace + b"\")'\ntR.",
     )
 
 

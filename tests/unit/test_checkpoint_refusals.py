@@ -34,15 +34,8 @@ def write_c1(directory, change=None, **parts):
 def test_wrong_hidden_size_names_the_other_base(tmp_path):
     write_c1(tmp_path)
     error = refused(
-        tmp_path,
-        FILE,
-        "0.0.linear.weight",
-        "hidden size 8",
-        "16",
-        "maker/base-7b",
-        "my/base",
-        hidden_size=16,
-        base_model="my/base",
+        tmp_path, FILE, "0.0.linear.weight", "hidden size 8", "16", "maker/base-7b", "my/base",
+        hidden_size=16, base_model="my/base",
     )
     assert error.key == "0.0.linear.weight" and error.file == tmp_path / FILE
 

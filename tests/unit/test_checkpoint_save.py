@@ -58,11 +58,7 @@ KINDS = {
 
 def make_weights(num_layers=1, subset=0, dtype=torch.bfloat16, **fields) -> HeadWeights:
     spec = HeadSpec(
-        K,
-        num_layers,
-        D,
-        V,
-        dtype=dtype,
+        K, num_layers, D, V, dtype=dtype,
         vocab_subset_size=len(SUBSET) if subset else None,
         vocab_subset_per_head=subset == K,
         **fields,
@@ -179,15 +175,9 @@ def test_names_that_each_reader_wants(tmp_path):
     save_heads(make_weights(own_lm_head=True, subset=1), tmp_path / "d", "D")
     config = json.loads((tmp_path / "d/config.json").read_text())
     wanted = {
-        "model_type": "medusa",
-        "architectures": ["MedusaModel"],
-        "hidden_size": D,
-        "vocab_size": V,
-        "truncated_vocab_size": len(SUBSET),
-        "num_heads": K,
-        "num_hidden_layers": 1,
-        "medusa_fc_bias": False,
-        "original_lm_head": False,
+        "model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": D,
+        "vocab_size": V, "truncated_vocab_size": len(SUBSET), "num_heads": K,
+        "num_hidden_layers": 1, "medusa_fc_bias": False, "original_lm_head": False,
     }
     assert wanted.items() <= config.items()
     with safe_open(tmp_path / "d/model.safetensors", "pt") as file:
@@ -213,8 +203,7 @@ def test_saving_again_replaces_the_file(tmp_path):
     save_heads(second, tmp_path)
     assert_same(load_heads(tmp_path), second)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "config.json",
-        "medusa_lm_head.safetensors",
+        "config.json", "medusa_lm_head.safetensors",
     ]
 
 

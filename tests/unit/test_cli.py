@@ -20,9 +20,8 @@ from vllm_medusa.cli_heads import TARGET_FORMATS
 @pytest.fixture
 def heads(tmp_path):
     """Return a C1 directory with a tree."""
-    directory = write(
-        tmp_path / "heads", "medusa_lm_head.safetensors", Parts().nested(), medusa_config()
-    )
+    directory = write(tmp_path / "heads", "medusa_lm_head.safetensors", Parts().nested(),
+                      medusa_config())
     tree = {"paths": [[0], [1], [0, 0]], "source": "calibration", "expected_tokens_per_step": 2.1}
     (directory / "tree.json").write_text(json.dumps(tree))
     return directory
@@ -32,20 +31,10 @@ def test_inspect_json(heads, capsys):
     assert main(["inspect", str(heads), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     expected = {
-        "format": "C1",
-        "heads": K,
-        "layers": 1,
-        "hidden_size": D,
-        "vocabulary": V,
-        "bias": True,
-        "lm_head": "one own per head",
-        "dtype": "bfloat16",
-        "base_model": "maker/base-7b",
-        "tree_nodes": 3,
-        "tree_depth": 2,
-        "tree_source": "calibration",
-        "tree_expected_tokens_per_step": 2.1,
-        "parameters": K * (D * D + D + V * D),
+        "format": "C1", "heads": K, "layers": 1, "hidden_size": D, "vocabulary": V, "bias": True,
+        "lm_head": "one own per head", "dtype": "bfloat16", "base_model": "maker/base-7b",
+        "tree_nodes": 3, "tree_depth": 2, "tree_source": "calibration",
+        "tree_expected_tokens_per_step": 2.1, "parameters": K * (D * D + D + V * D),
     }
     assert expected.items() <= summary.items()
     assert summary["megabytes"] == round(2 * summary["parameters"] / 1e6, 3)

@@ -129,7 +129,9 @@ def test_a_compiled_row_does_not_depend_on_its_neighbours(context, way, monkeypa
     expected = setup.attend(whole)
     for rows in (1, 2, 5, 16):
         part = tree_batch(Heads(), 32, [context], [chain(rows)])
-        part.query, part.key, part.value = (x[:rows] for x in (whole.query, whole.key, whole.value))
+        part.query, part.key, part.value = (
+            x[:rows] for x in (whole.query, whole.key, whole.value)
+        )
         part.cache, part.slots, part.table = whole.cache, whole.slots[:rows], whole.table
         setup.builder.tree_batch = part.trees([chain(rows)])
         assert torch.equal(setup.attend(part), expected[:rows])

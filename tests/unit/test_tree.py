@@ -145,12 +145,8 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("widths", "words"),
-        [
-            ([], "one integer >= 1"),
-            ([2, 0], "one integer >= 1"),
-            ([8, 16], "136 nodes"),
-            ([2.5], "expected an integer"),
-        ],
+        [([], "one integer >= 1"), ([2, 0], "one integer >= 1"), ([8, 16], "136 nodes"),
+         ([2.5], "expected an integer")],
     )
     def test_widths(self, widths, words):
         with pytest.raises(ValueError, match=words):
@@ -212,9 +208,7 @@ class TestParse:
     def test_saved_file_always_has_the_known_keys(self, tmp_path):
         TokenTree.from_paths([[0]]).save(tmp_path / "t.json")
         assert json.loads((tmp_path / "t.json").read_text()) == {
-            "paths": [[0]],
-            "source": None,
-            "expected_tokens_per_step": None,
+            "paths": [[0]], "source": None, "expected_tokens_per_step": None,
         }
 
     @pytest.mark.parametrize(

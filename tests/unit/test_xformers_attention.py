@@ -135,7 +135,9 @@ def test_it_attends_as_the_twin_does(device, widths, contexts):
         starts, lengths, table, rows=rows, page_size=PAGE, max_context=max(contexts) + rows
     )
     bias = tree_bias(tree, rows, dtype, device)
-    attend(out, query, keys[blocks, own_slots], values[blocks, own_slots], keys, values, mask, bias)
+    attend(
+        out, query, keys[blocks, own_slots], values[blocks, own_slots], keys, values, mask, bias
+    )
     want = torch.empty_like(out)
     words = torch.from_numpy(tree.mask_words()).to(device)
     reference.tree_attention(

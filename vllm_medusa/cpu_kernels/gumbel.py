@@ -203,7 +203,9 @@ def _noise32(hashes: np.ndarray) -> np.ndarray:
     return -np.log(-_log1p_negated(murmur3.uniform32(hashes)))
 
 
-def _noise64(row_hashes: np.ndarray, high_row_hashes: np.ndarray, logits: np.ndarray) -> np.ndarray:
+def _noise64(
+    row_hashes: np.ndarray, high_row_hashes: np.ndarray, logits: np.ndarray
+) -> np.ndarray:
     """Gumbel noise -log(-log u) in float64 for every logit."""
     scrambled = murmur3.scrambled_token_ids(logits.shape[1])
     low = murmur3.token_hashes(row_hashes, scrambled)

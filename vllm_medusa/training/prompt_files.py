@@ -90,7 +90,9 @@ def choose_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]
 def read_rows(path: Path) -> Iterator[Any]:
     """Yield the rows of a .txt, .jsonl, .json or .parquet file."""
     if path.suffix not in _SUFFIXES:
-        raise ValueError(f"file {path} has suffix {path.suffix!r}; expected {', '.join(_SUFFIXES)}")
+        raise ValueError(
+            f"file {path} has suffix {path.suffix!r}; expected {', '.join(_SUFFIXES)}"
+        )
     if path.suffix == ".parquet":
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile

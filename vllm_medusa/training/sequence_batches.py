@@ -80,7 +80,8 @@ class SequenceData:
         """Full batches of an epoch; the rest comes in another epoch's order."""
         if batch_size > len(self):
             raise ValueError(
-                f"batch_size is {batch_size}; expected at most the {len(self)} usable conversations"
+                f"batch_size is {batch_size}; expected at most the {len(self)} usable "
+                "conversations"
             )
         return len(self) // batch_size
 

