@@ -1,6 +1,6 @@
 """Tree attention beside vLLM's Triton attention, FlashAttention 3, FlashInfer and xformers.
 
-    python benchmarks/bench_tree_attention.py --out record.json [--quick] [--tune]
+    python benchmarks/bench_tree_attention.py --out record.json [--quick]
 
 All kernels read the same paged bfloat16 cache.  "fa3+tree" is the two-part route.  The Triton
 peer gets the tree as its ``qq_bias`` (one mask for the whole batch); FlashAttention cannot take
@@ -12,8 +12,6 @@ PyTorch twin in float32 before it is timed.  A peer that fails is reported in it
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
 import random
 import time
@@ -26,7 +24,11 @@ from records import write_record
 from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
 
 from vllm_medusa.triton_kernels import add_tree_attention, attention, reference, tree_attention
-from vllm_medusa.triton_kernels.attention_plan import plan_attention, workspace_elements
+from vllm_medusa.triton_kernels.attention_plan import (
+    MOST_COUNTERS,
+    AttentionPlan,
+    workspace_elements,
+)
 
 DEVICE = torch.device("cuda")
 BLOCK_SIZE = 16  # vLLM's default page
@@ -71,7 +73,6 @@ QUICK_SHAPES = [
     for batch, context, rows in cells
 ]  # fmt: skip
 QUICK_SECONDS = 110  # after which --quick leaves the rest out
-TUNE_SHAPES = [Shape(8, 2048, 64, *MODELS[0]), Shape(1, 2048, 16, *MODELS[0])]
 
 
 def as_int64(masks: list[int]) -> torch.Tensor:
@@ -138,9 +139,15 @@ def twin_output(arguments: dict[str, Any], masks: torch.Tensor) -> torch.Tensor:
     return exact["out"]
 
 
+def join_counters() -> torch.Tensor:
+    """Zeros that a call leaves as it finds them."""
+    return torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=DEVICE)
+
+
 def ours(arguments: dict[str, Any]) -> Callable[[], None]:
-    """This package's kernel."""
-    return lambda: tree_attention(**arguments)
+    """This package's kernel, with counters of the server's, as the plugin calls it."""
+    counters = join_counters()
+    return lambda: tree_attention(counters=counters, **arguments)
 
 
 def vllm_triton(arguments: dict[str, Any]) -> Callable[[], None]:
@@ -175,7 +182,7 @@ def ours_causal(arguments: dict[str, Any]) -> Callable[[], None]:
     """This package's kernel with the masks of a chain: what the tree's mask costs."""
     chain = chain_masks(arguments["max_query_len"])
     chain = chain.expand(arguments["num_reqs"], *chain.shape).contiguous()
-    return lambda: tree_attention(**arguments | {"tree_masks": chain})
+    return ours(arguments | {"tree_masks": chain})
 
 
 def two_parts(arguments: dict[str, Any]) -> Callable[[], None]:
@@ -267,59 +274,23 @@ def print_row(shape: Shape, row: dict[str, Any]) -> None:
     print(f"{shape} {row['floor_us']:8.1f} {' '.join(cells)}", flush=True)
 
 
-def tune(shape: Shape, repeats: int) -> list[dict[str, Any]]:
-    """Times of launch plans around the chosen one, best first."""
-    arguments = make_arguments(shape)
-    base = plan_attention(
-        num_reqs=shape.batch, num_kv_heads=shape.kv_heads, group=shape.heads // shape.kv_heads,
-        head_size=shape.head_size, item_size=2, max_query_len=shape.rows,
-        max_seq_len=shape.context + shape.rows, num_multiprocessors=attention.num_multiprocessors(
-            arguments["q"].device),
-    )  # fmt: skip
-    pairs = shape.rows * shape.heads // shape.kv_heads
-    found = []
-    for block_rows, block_keys, warps, stages, factor in itertools.product(
-        (64, 128), (32, 64, 128), (4, 8), (2, 3), (1, 2)
-    ):
-        if (block_rows == 128) != (warps == 8) or block_rows > max(64, pairs):
-            continue
-        plan = dataclasses.replace(
-            base, block_rows=block_rows, block_keys=block_keys, num_warps=warps,
-            num_stages=stages, row_tiles=math.ceil(pairs / block_rows),
-            num_splits=base.num_splits * factor,
-        )  # fmt: skip
-        try:
-            timing = time_gpu(_with_plan(plan, arguments), repeats=repeats)
-            found.append({"plan": dataclasses.asdict(plan), **timing.as_dict()})
-        except Exception as problem:
-            found.append({"plan": dataclasses.asdict(plan), "failed": str(problem)[:200]})
-    return sorted(found, key=lambda entry: entry.get("median", math.inf))
-
-
-def _with_plan(plan: Any, a: dict[str, Any]) -> Callable[[], None]:
+def with_plan(plan: AttentionPlan, a: dict[str, Any]) -> Callable[[], None]:
+    """The kernel under a plan that the launcher may not choose."""
     num_tokens, heads, head_size = a["q"].shape
     elements = workspace_elements(num_tokens, heads, head_size, plan.num_splits)
     workspace = torch.empty(elements, dtype=torch.float32, device=DEVICE)
+    counters = join_counters()
     tensors = [a[name] for name in ("out", "q", "k_cache", "v_cache", "block_table",
                                     "query_start_loc", "seq_lens", "tree_masks")]  # fmt: skip
     return lambda: attention.launch(
         plan, *tensors, a["scale"], a["num_reqs"], a["max_query_len"], 0, 0.0, *[None] * 4,
-        workspace,
+        workspace, counters,
     )  # fmt: skip
 
 
 def main() -> None:
     parser = kernel_benchmark_parser(__doc__, "a few shapes, about two minutes")
-    parser.add_argument("--tune", action="store_true", help="launch plans instead of peers")
     args = parse_on_gpu(parser)
-    if args.tune:
-        rows = [{"shape": s._asdict(), "plans": tune(s, args.repeats)} for s in TUNE_SHAPES]
-        for row in rows:
-            print(row["shape"])
-            for entry in row["plans"][:6]:
-                print("  ", entry.get("median"), entry["plan"])
-        write_record(args.out, {"benchmark": "tree_attention_plans", "rows": rows})
-        return
     for name, reason in left_out().items():
         print(f"{name} left out: {reason}")
     print(f"{'microseconds, median ± (p90 - p10), ! = wrong':<38} {'floor':>8} "
