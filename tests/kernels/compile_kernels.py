@@ -52,7 +52,8 @@ WIDE = SHAPE | {"SECOND_WORD": 128}
 SCALED = {key: value for key, value in SHAPE.items() if not key.endswith("_scale")}
 COMPACTION = dict.fromkeys(("layer_ptrs", "idx_mapping", "root_positions", "path_masks"), "*i64")
 COMPACTION |= {"block_table": "*i32"}
-MOVE = {"WORD": tl.int64, "BLOCK_SIZE": 16, "ALIGNMENT": 16, "CHUNKS": 2, "BLOCK": 128, "MOVES": 8}
+MOVE = {"WORD": tl.int64, "BLOCK_SIZE": 16, "ALIGNMENT": 16, "CHUNKS": 2, "BLOCK": 128, "MOVES": 8,
+        "LAYERS": 2}  # fmt: skip
 SCATTER = {
     "positions": "*i64", "step_masks": "*i64", "query_start_loc": "*i32", "cu_num_logits": "*i32",
     "idx_mapping": "*i64", "depths": "*i32", "masks": "*i64",
