@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_process import EngineProcess
+from load import FINITE_BATCH
 from records import spread, write_record
 
 from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
@@ -275,6 +276,8 @@ def main(argv: list[str] | None = None) -> None:
                 args.out,
                 {
                     "benchmark": "cluster",
+                    # Records are completed engine by engine; all of one are under one load.
+                    "load": FINITE_BATCH,
                     "settings": settings,
                     "nccl": {k: v for k, v in os.environ.items() if k.startswith("NCCL_")},
                     "engines": list(entries.values()),

@@ -7,6 +7,8 @@ plugin installed and off, and with Medusa. With ``--kv-cache-gb`` all start toge
 is most of the time (without it each profiles memory that nobody else may change). Every step's
 tokens are handed out, as in a stream.  First tokens are timed with answers of a few
 tokens, throughput with longer ones, of the first two engines only: Medusa's is bench_serving's.
+Requests come in bursts of the concurrency, as finite batches (load.py): the two do not
+speculate, so that a burst's answers end together and no slot runs empty.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 from cells import Cells, add_options, record_head
 from compare import STOCK, WARM_UP_TOKENS, engine_arguments
 from engine_process import EngineProcess
+from load import FINITE_BATCH
 from records import spread
 
 from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
@@ -160,7 +163,7 @@ def main() -> None:
     common = engine_arguments(args)
     if args.kv_cache_gb is not None:
         common["gpu_memory_utilization"] = 0.8 / len(args.sides)
-    head = record_head(args, "latency") | {
+    head = record_head(args, "latency", FINITE_BATCH) | {
         "sides": args.sides,
         "first_tokens": args.first_tokens,
         "engine_args": {k: v for k, v in common.items() if k != "model"},

@@ -4,9 +4,9 @@
 
 Per concurrency and round both sides answer the same questions (both turns, the
 second with the side's own first answer), in alternating order, with that many requests
-in flight.  The record holds
-medians over rounds, tokens per step with spread and by category, accepted tokens
-by depth, and where the two sides' greedy answers part.
+in flight all the time (a closed loop, load.py).  The record holds medians over rounds,
+tokens per step with spread and by category, accepted tokens by depth, and where the two
+sides' greedy answers part.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from engine_process import EngineProcess, benchmarks_on_path
+from load import CLOSED_LOOP, FINITE_BATCH, num_measured
 from records import spread, write_record
 from synthetic_profile import MOST_NODES, PAPER_TOKENS_PER_STEP, write_tree
 
@@ -42,7 +43,7 @@ def parse_args() -> argparse.Namespace:
         "--num-questions",
         type=int,
         default=80,
-        help="spread over categories; four times the requests in flight if that is more",
+        help="spread over categories; thrice the requests in flight if that is more",
     )
     parser.add_argument("--turns", type=int, default=2, choices=(1, 2))
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -96,19 +97,22 @@ def answer(
     args: argparse.Namespace,
     concurrency: int,
     temperature: float,
+    load: str = CLOSED_LOOP,
 ) -> dict[str, Any]:
-    """All turns of all questions on one side."""
+    """All turns of all questions on one side; answers by question, then by turn."""
     sampling = {"temperature": temperature, "max_tokens": args.max_tokens}
     if getattr(args, "synthetic_acceptance", None) is not None:
         sampling["ignore_eos"] = True
     history: list[list[dict]] = [[] for _ in questions]
-    result = {"seconds": 0.0, "answers": [[] for _ in questions]}
+    result = {"seconds": 0.0, "seconds_with_tail": 0.0, "answers": [[] for _ in questions]}
     for turn in range(args.turns):
         for messages, question in zip(history, questions, strict=True):
             messages.append({"role": "user", "content": question.turns[turn]})
         own = {"seed": args.seed} if temperature > 0 else {}
-        run = side.run([(messages, own) for messages in history], sampling, concurrency)
-        result["seconds"] += run["seconds"]
+        asked = [(messages, own) for messages in history]
+        run = side.run(asked, sampling, concurrency, load=load)
+        for clock in ("seconds", "seconds_with_tail"):
+            result[clock] += run[clock]
         for messages, answers, output in zip(
             history, result["answers"], run["answers"], strict=True
         ):
@@ -178,9 +182,31 @@ def agreement(plain: dict, medusa: dict, judge: EngineProcess) -> dict[str, Any]
     }
 
 
-def tokens_per_second(run: dict[str, Any]) -> float:
-    """Output tokens per second of one round."""
-    return sum(len(o["token_ids"]) for a in run["answers"] for o in a) / run["seconds"]
+def tokens_per_second(run: dict[str, Any], clock: str = "seconds") -> float:
+    """Output tokens per second of one round, by one of the clocks of :func:`load.answer_all`."""
+    return sum(len(o["token_ids"]) for a in run["answers"] for o in a) / run[clock]
+
+
+def with_tail(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Tokens per second by the wall clock, lead-in and emptying included, and their ratios.
+
+    Parameters
+    ----------
+    runs : dict
+        Each side's rounds; the first side is what the others are compared with.
+    """
+    rates = {
+        name: [tokens_per_second(run, "seconds_with_tail") for run in own]
+        for name, own in runs.items()
+    }
+    base, *others = rates
+    return {
+        "tokens_per_s": {name: spread(own) for name, own in rates.items()},
+        "speedup": {
+            name: spread([m / p for m, p in zip(rates[name], rates[base], strict=True)])
+            for name in others
+        },
+    }
 
 
 def measure(
@@ -191,12 +217,11 @@ def measure(
     temperature: float,
 ) -> dict[str, Any]:
     """One concurrency: a warm-up, then rounds with the sides' order alternating."""
-    # Four times what is in flight, so that the emptying engine at the end counts little.
-    ordered = choose_prompts(pool, None)
-    questions = list(itertools.islice(itertools.cycle(ordered), max(args.num_questions, 4 * level)))
+    ordered = itertools.cycle(choose_prompts(pool, None))
+    questions = list(itertools.islice(ordered, num_measured(args.num_questions, level)))
     runs: dict[str, list] = {name: [] for name in sides}
     for side in sides.values():
-        answer(side, questions[: max(2, level)], args, level, temperature)
+        answer(side, questions[: max(2, level)], args, level, temperature, FINITE_BATCH)
     for round_index in range(args.rounds):
         order = list(sides) if round_index % 2 == 0 else list(sides)[::-1]
         for name in order:
@@ -222,6 +247,7 @@ def measure(
         "plain_tokens_per_s": spread(rates["plain"]),
         "medusa_tokens_per_s": spread(rates["medusa"]),
         "speedup": ratio("medusa", "plain"),
+        "with_tail": with_tail(runs),
         **row_products,
         "acceptance": acceptance(questions, runs["medusa"][-1]),
         "agreement": agreement(runs["plain"][-1], runs["medusa"][-1], sides["plain"])
@@ -279,6 +305,7 @@ def document(
     }
     return {
         "benchmark": "serving",
+        "load": CLOSED_LOOP,
         "engine_args": {k: v for k, v in common.items() if k != "model"},
         "speculative_config": {k: v for k, v in speculative.items() if k != "model"},
         "model": Path(args.model).name,

@@ -5,12 +5,14 @@
 One engine with ``adaptive`` on; per cell it is held at each width in turn, between rounds of its
 own choice, so that all are measured with the same graphs, interleaved.  Prompts of a length are
 different MT-Bench questions with the model's own answers, in an order of their own, and a last
-question; the prefix cache keeps them, so that rounds after the first are decoding only.
+question; the prefix cache keeps them, so that rounds after the first are decoding only.  Rounds
+are closed loops (load.py) over the prompts, which come again where a loop needs more.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -20,6 +22,7 @@ from bench_serving import tokens_per_second
 from cells import Cells, add_options, record_head
 from compare import steps_of
 from engine_process import EngineProcess, benchmarks_on_path
+from load import CLOSED_LOOP, num_measured
 from records import spread
 
 from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
@@ -36,7 +39,9 @@ def parse_args() -> argparse.Namespace:
     add_options(parser, max_tokens=96, rounds=2, concurrency=levels)
     parser.add_argument("--nodes", type=int, nargs="+", default=[0, 3, 7, 15, 31, 63])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 4096, 16384])
-    parser.add_argument("--requests", type=int, default=4, help="of a round; the level if more")
+    parser.add_argument(
+        "--requests", type=int, default=4, help="prompts of a cell; the level if more"
+    )
     parser.add_argument("--num-questions", type=int, default=80, help="whose answers fill prompts")
     parser.add_argument("--answer-tokens", type=int, default=256)
     parser.add_argument("--config", type=json.loads, default={}, help="more of speculative_config")
@@ -89,17 +94,18 @@ def measure(
 ) -> dict[str, Any]:
     """All widths that have graphs, and the adaptive choice, in turns."""
     sampling = {"temperature": 0.0, "max_tokens": args.max_tokens}
-    requests = [(prompt, {}) for prompt in prompts]
+    once = [(prompt, {}) for prompt in prompts]
+    measured = list(itertools.islice(itertools.cycle(once), num_measured(len(once), level)))
     widths: list[Any] = [ADAPTIVE, *(n for n in args.nodes if (n + 1) * level <= MOST_ROWS)]
     # Prefill for all rounds, and time for the adaptive choice to learn what is accepted.
     engine.call_workers("force_nodes", None)
-    engine.run(requests, sampling, level)
+    engine.run(once, sampling, level)
     runs: dict[Any, list] = {width: [] for width in widths}
     chosen: list[dict] = []
     for index in range(args.rounds):
         for width in widths[:: 1 if index % 2 == 0 else -1]:
             engine.call_workers("force_nodes", None if width == ADAPTIVE else width)
-            run = engine.run(requests, sampling, level)
+            run = engine.run(measured, sampling, level, load=CLOSED_LOOP)
             # As bench_serving counts: answers by question, then by turn.
             run["answers"] = [[answer] for answer in run["answers"]]
             runs[width].append(run)
@@ -118,7 +124,8 @@ def measure(
     fixed = {w: found[w]["tokens_per_s"]["median"] for w in found if w != ADAPTIVE}
     best = max(fixed, key=lambda width: fixed[width])
     return {
-        "requests": len(prompts),
+        "prompts": len(prompts),
+        "requests": len(measured),
         "widths": found,
         "chosen": chosen,
         "best_fixed": int(best),
@@ -147,7 +154,8 @@ def start(args: argparse.Namespace) -> EngineProcess:
 def main() -> None:
     """Start the engine, measure cell by cell."""
     args = parse_args()
-    head = record_head(args, "widths") | {"nodes": args.nodes, "config": args.config}
+    head = record_head(args, "widths", CLOSED_LOOP)
+    head |= {"nodes": args.nodes, "config": args.config}
     cells = Cells(args.out, head, args.time_limit)
     keys = [{"concurrency": n, "context": c} for c in args.context for n in args.concurrency]
     todo = [key for key in keys if key not in cells]

@@ -40,11 +40,14 @@ def add_options(
     parser.add_argument("--kv-cache-gb", type=float, default=None, help="of each engine")
 
 
-def record_head(args: argparse.Namespace, benchmark: str) -> dict[str, Any]:
-    """What the options of :func:`add_options` say about all cells of a record."""
+def record_head(args: argparse.Namespace, benchmark: str, load: str) -> dict[str, Any]:
+    """What the options of :func:`add_options` say about all cells of a record.
+
+    ``load`` (load.py) is among it: a record of the other load is refused, not extended.
+    """
     name = Path(args.model).name
     return {
-        "benchmark": benchmark, "model": name, "heads": Path(args.heads).name,
+        "benchmark": benchmark, "load": load, "model": name, "heads": Path(args.heads).name,
         "label": args.label or name, "max_tokens": args.max_tokens, "rounds": args.rounds,
     }  # fmt: skip
 
@@ -87,10 +90,14 @@ class Cells:
 
     def add(self, key: dict[str, Any], values: dict[str, Any]) -> None:
         """Write the record with one more cell, or with a new one in place of an old."""
-        self.cells = [cell for cell in self.cells if cell["key"] != key]
+        self.remove(key)
         # Calls that extend a record may come from different commits.
         self.cells.append({"key": key, "git_sha": git_sha(), **values})
         write_record(self.path, {**self.head, "cells": self.cells})
+
+    def remove(self, key: dict[str, Any]) -> None:
+        """Forget a cell; the record is written with the next one."""
+        self.cells = [cell for cell in self.cells if cell["key"] != key]
 
     def has_time(self, seconds: float) -> bool:
         """Whether so many seconds are left."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from bench_serving import QUESTIONS, acceptance, agreement, answer
 from engine_process import EngineProcess
+from load import FINITE_BATCH
 from records import write_record
 
 from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
@@ -47,7 +48,10 @@ def compare(
     sides: dict[str, EngineProcess], questions: list, args: argparse.Namespace, level: int
 ) -> dict[str, Any]:
     """One concurrency: answers of all three sides, compared in pairs."""
-    runs = {name: answer(side, questions, args, level, 0.0) for name, side in sides.items()}
+    runs = {
+        name: answer(side, questions, args, level, 0.0, FINITE_BATCH)
+        for name, side in sides.items()
+    }
     judge = sides["plain"]
     result = {
         "concurrency": level,

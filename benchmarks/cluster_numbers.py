@@ -168,7 +168,9 @@ def record_table(path: Path = RECORD) -> str:
     head = ["GPUs", "side", "requests", "tok/s", "step ms", "speed-up", "as one GPU", "collectives",
             "heads by rank"]  # fmt: skip
     settings = record["settings"]
-    title = f"{settings['model']}, {settings['dtype']}, executor {settings['executor']}"
+    # Records from before there was a choice of load name none.
+    load = record.get("load", "finite batch")
+    title = f"{settings['model']}, {settings['dtype']}, executor {settings['executor']}, {load}"
     device = " + ".join(record["provenance"]["gpus"])
     return f"{title}; {device}; `benchmarks/results/{path.name}`:\n\n{table(head, rows)}"
 

@@ -4,8 +4,9 @@
 
 Stock plain vLLM stays alive beside one contender after the other and takes turns with it, round
 by round, so that every speed-up has a plain run next to it and a drift of the machine shows in
-them. All see the same first turns of MT-Bench with so many requests in flight, greedily.
-Contenders that are no part of this project run with the plugin off.
+them. All see the same first turns of MT-Bench with so many requests in flight all the time (a
+closed loop, load.py), greedily. Contenders that are no part of this project run with the plugin
+off. Those that matter most come first, whatever the order in which they are named.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import itertools
 import json
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench_serving import acceptance, agreement, answer, further_sides, tokens_per_second
+from bench_serving import acceptance, agreement, answer, further_sides, tokens_per_second, with_tail
 from cells import Cells, add_options, record_head
-from engine_process import EngineProcess
+from engine_process import EngineError, EngineProcess, one_line
+from load import CLOSED_LOOP, FINITE_BATCH, num_measured
 from records import spread
 from safetensors import safe_open
 
@@ -37,7 +40,8 @@ from vllm_medusa.training.prompt_files import Prompt, choose_prompts, read_promp
 STOCK = {"VLLM_PLUGINS": "", "TRITON_BACKENDS_IN_TREE": "1"}
 # vLLM's own Medusa and suffix decoding exist on its first runner only.
 STOCK_V1 = STOCK | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-SIDES = ("tree", "dynamic", "chain", "vllm-medusa", "ngram", "ngram_gpu", "suffix", "draft")
+# The order of measuring; sides of --side come after the first.
+SIDES = ("dynamic", "tree", "chain", "vllm-medusa", "ngram_gpu", "ngram", "suffix", "draft")
 WARM_UP_TOKENS = 24
 
 
@@ -53,9 +57,16 @@ def parse_args() -> argparse.Namespace:
         metavar="NAME=JSON",
         help="a further contender: its speculative_config; HEADS stands for the heads",
     )
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        default=[],
+        metavar="SIDE",
+        help="measure these contenders although the record has them; a new cell replaces its old",
+    )
     parser.add_argument("--draft-model", default=None, help="for the side `draft`")
     parser.add_argument("--draft-tokens", type=int, default=5, help="of ngram and draft sides")
-    parser.add_argument("--num-questions", type=int, default=16, help="twice the level if more")
+    parser.add_argument("--num-questions", type=int, default=16, help="thrice the level if more")
     parser.add_argument("--max-model-len", type=int, default=2048)
     return parser.parse_args()
 
@@ -93,7 +104,7 @@ def heads_for_vllm(model: str, heads: str, folder: Path) -> Path:
 
 
 def contenders(args: argparse.Namespace) -> dict[str, tuple[Callable[[], dict], dict[str, str]]]:
-    """Side -> (what makes its speculative_config, environment)."""
+    """Side -> (what makes its speculative_config, environment), in the order of measuring."""
     ours = {"method": "medusa", "model": args.heads}
     drafts = {"num_speculative_tokens": args.draft_tokens}
     lookup = drafts | {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
@@ -137,7 +148,12 @@ def contenders(args: argparse.Namespace) -> dict[str, tuple[Callable[[], dict], 
         config = extra["speculative_config"]
         own = config.get("method") == "medusa"
         chosen[name] = (functools.partial(dict, config), {} if own else STOCK)
-    return chosen | {name: known[name] for name in args.sides}
+    first, rest = SIDES[:1], SIDES[1:]
+    return (
+        {name: known[name] for name in first if name in args.sides}
+        | chosen
+        | {name: known[name] for name in rest if name in args.sides}
+    )
 
 
 def steps_of(run: dict[str, Any]) -> dict[str, float]:
@@ -167,12 +183,12 @@ def measure(
     level: int,
 ) -> dict[str, Any]:
     """One contender beside plain decoding at one concurrency."""
-    count = max(args.num_questions, 2 * level)
+    count = num_measured(args.num_questions, level)
     questions = list(itertools.islice(itertools.cycle(pool), count))
     both = {"plain": plain, "side": side}
     short = argparse.Namespace(**vars(args) | {"max_tokens": WARM_UP_TOKENS})
     for engine in both.values():
-        answer(engine, questions[: max(2, level)], short, level, 0.0)
+        answer(engine, questions[: max(2, level)], short, level, 0.0, FINITE_BATCH)
     runs: dict[str, list] = {name: [] for name in both}
     for index in range(args.rounds):
         for name in list(both)[:: 1 if index % 2 == 0 else -1]:
@@ -188,6 +204,7 @@ def measure(
         "plain_tokens_per_s": spread(rates["plain"]),
         "tokens_per_s": spread(rates["side"]),
         "speedup": spread([m / p for m, p in zip(rates["side"], rates["plain"], strict=True)]),
+        "with_tail": with_tail(runs),
         "tokens_per_step": statistics.median(s["tokens_per_step"] for s in steps["side"]),
         "step_ms": spread([s["step_ms"] for s in steps["side"]]),
         "plain_step_ms": spread([s["step_ms"] for s in steps["plain"]]),
@@ -219,30 +236,53 @@ def run_side(
     pool: list[Prompt],
     args: argparse.Namespace,
     cells: Cells,
+    took: dict[int, float],
 ) -> None:
-    """All levels that are left of one contender; a failure is a cell too."""
-    side = None
+    """All levels that are left of one contender; a failure is a cell too.
+
+    ``took``: the longest that each level took so far, in seconds; kept up to date.
+    """
+    side, failure = None, {"side": name, "concurrency": None}
     try:
         side = start()
         side.wait_ready()
-        longest = 0.0
         for level in levels:
-            if not cells.has_time(1.5 * longest):
-                print(f"{name}: no time for {level} request(s) at once and more", flush=True)
-                break
+            if not cells.has_time(1.5 * took.get(level, 0.0)):
+                print(f"{name}: no time for {level} request(s) at once", flush=True)
+                continue
             began = time.monotonic()
             found = measure(plain, side, pool, args, level)
-            longest = max(longest, time.monotonic() - began)
+            took[level] = max(took.get(level, 0.0), time.monotonic() - began)
+            cells.remove(failure)
             cells.add({"side": name, "concurrency": level}, found)
             print(f"{name}, {level} at once: {line(found)}", flush=True)
-    except (RuntimeError, TimeoutError, ValueError) as error:
-        # The last line of a traceback names the error.
-        reason = str(error).strip().splitlines()[-1]
-        cells.add({"side": name, "concurrency": None}, {"failed": reason})
-        print(f"{name}: {error}", flush=True)
+    # Whatever it is that a contender lacks: the others go on.
+    except Exception as error:
+        is_engine = isinstance(error, EngineError)
+        if is_engine and error.name == plain.name:
+            raise
+        reason = error.reason if is_engine else one_line(error)
+        traceback.print_exc()
+        cells.add(failure, {"failed": reason})
+        print(f"{name}: {reason}", flush=True)
     finally:
         if side is not None:
             side.close()
+
+
+def left_to_do(
+    cells: Cells, sides: list[str], levels: list[int], again: list[str]
+) -> dict[str, list[int]]:
+    """Levels to measure by contender; one that failed is left out unless it is to run again."""
+    if unknown := set(again) - set(sides):
+        raise ValueError(
+            f"--again names {sorted(unknown)}, expected some of {sides}; add them to --sides"
+        )
+    return {
+        name: [n for n in levels if name in again or {"side": name, "concurrency": n} not in cells]
+        for name in sides
+        if name in again or {"side": name, "concurrency": None} not in cells
+    }
 
 
 def line(cell: dict[str, Any]) -> str:
@@ -278,7 +318,7 @@ def main() -> None:
     """Start plain vLLM, then one contender after the other; write every cell at once."""
     args = parse_args()
     common = engine_arguments(args)
-    head = record_head(args, "compare") | {
+    head = record_head(args, "compare", CLOSED_LOOP) | {
         "draft_tokens": args.draft_tokens,
         "draft_model": args.draft_model and Path(args.draft_model).name,
         "engine_args": {k: v for k, v in common.items() if k != "model"},
@@ -289,11 +329,7 @@ def main() -> None:
     pool = choose_prompts(read_prompts(args.questions).prompts, None)
     args.turns = 1
     sides = contenders(args)
-    todo = {
-        name: [n for n in args.concurrency if {"side": name, "concurrency": n} not in cells]
-        for name in sides
-        if {"side": name, "concurrency": None} not in cells
-    }
+    todo = left_to_do(cells, list(sides), args.concurrency, args.again)
     if any(todo.values()):
         began = time.monotonic()
         plain = EngineProcess("plain", common, STOCK)
@@ -304,12 +340,16 @@ def main() -> None:
             extra = metrics | {"speculative_config": config()}
             return EngineProcess(name, common | extra, environment)
 
+        took: dict[int, float] = {}
         try:
             plain.wait_ready()
             needed = time.monotonic() - began
             for name, levels in todo.items():
-                if levels and cells.has_time(1.5 * needed):
-                    run_side(name, levels, functools.partial(start, name), plain, pool, args, cells)
+                if levels and not cells.has_time(1.5 * needed):
+                    print(f"{name}: no time to start it", flush=True)
+                elif levels:
+                    starter = functools.partial(start, name)
+                    run_side(name, levels, starter, plain, pool, args, cells, took)
         finally:
             plain.close()
     print("\n".join(winners(cells.cells)))

@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import time
 import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from load import FINITE_BATCH, answer_all
+
 from vllm_medusa.training.child_process import end_process
 
-# Replaced on the command line by --start-timeout.
 START_TIMEOUT_S = 900
+MOST_REASON_CHARACTERS = 300
+# A process whose pipe is closed gets this long to tell its exit code.
+_END_S = 10
 
 
 def benchmarks_on_path() -> dict[str, str]:
@@ -27,10 +30,24 @@ def benchmarks_on_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(folders)}
 
 
+class EngineError(RuntimeError):
+    """The engine of this ``name`` failed; ``reason`` says in one line how."""
+
+    def __init__(self, name: str, reason: str, details: str = ""):
+        super().__init__(f"engine {name!r} failed: {reason}\n{details}".rstrip())
+        self.name, self.reason = name, reason
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's kind and words, shortened to what a table's note holds."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}"[:MOST_REASON_CHARACTERS]
+
+
 def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
     llm = None
     try:
-        from vllm import LLM, SamplingParams
+        from vllm import LLM
 
         if (folder := engine_args.pop("profile_to", None)) is not None:
             from vllm.config import ProfilerConfig
@@ -41,29 +58,12 @@ def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
         llm = LLM(**engine_args)
         pipe.send(("ready", None))
         while (order := pipe.recv()) is not None:
-            kind, requests, sampling, concurrency = order
-            if kind == "next_logprobs":
-                pipe.send(("done", _next_logprobs(llm, requests, SamplingParams)))
-                continue
-            if kind == "call":
-                pipe.send(("done", llm.collective_rpc(requests, args=sampling)))
-                continue
-            if kind == "cache_tokens":
-                pipe.send(("done", _cache_tokens(llm)))
-                continue
-            params = [SamplingParams(**(sampling | extra)) for _, extra in requests]
-            if kind == "profile":
-                llm.start_profile()
-                _run(llm, [c for c, _ in requests], params, concurrency)
-                llm.stop_profile()
-                pipe.send(("done", None))
-                continue
-            run = _run(llm, [c for c, _ in requests], params, concurrency, kind == "stream")
-            pipe.send(("done", run))
+            kind, *arguments = order
+            pipe.send(("done", _ORDERS[kind](llm, *arguments)))
     except EOFError:
         pass
-    except BaseException:
-        pipe.send(("failed", traceback.format_exc()))
+    except BaseException as error:
+        pipe.send(("failed", (one_line(error), traceback.format_exc())))
     finally:
         if llm is not None:
             # Its own process would outlive this one and keep the GPU's memory.
@@ -80,37 +80,27 @@ def _token_ids(tokenizer: Any, conversation: list) -> list[int]:
 
 
 def _run(
-    llm: Any, conversations: list, params: list, concurrency: int, stream: bool = False
+    llm: Any, requests: list, sampling: dict, concurrency: int, load: str, stream: bool
 ) -> dict[str, Any]:
-    """Answer all, with ``concurrency`` requests in flight until none is left to start.
-
-    Waves would measure how unevenly answers end: a slot that is done would wait for the slowest.
-    With ``stream`` every step's tokens are handed out, and answers hold ``first_token_seconds``.
-    """
+    """Answer conversations; with ``stream`` every step's tokens are handed out."""
+    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     kind = RequestOutputKind.CUMULATIVE if stream else RequestOutputKind.FINAL_ONLY
+    params = [SamplingParams(**(sampling | extra), output_kind=kind) for _, extra in requests]
     tokenizer = llm.get_tokenizer()
-    prompts = [{"prompt_token_ids": _token_ids(tokenizer, c)} for c in conversations]
-    engine, answers, in_flight, started = llm.llm_engine, [None] * len(prompts), 0, 0
-    begin = time.perf_counter()
-    starts, firsts = [0.0] * len(prompts), [None] * len(prompts)
-    while started < len(prompts) or in_flight:
-        while started < len(prompts) and in_flight < concurrency:
-            starts[started] = time.perf_counter()
-            params[started].output_kind = kind
-            engine.add_request(str(started), prompts[started], params[started])
-            started, in_flight = started + 1, in_flight + 1
-        for output in engine.step():
-            index, now = int(output.request_id), time.perf_counter()
-            if firsts[index] is None:
-                firsts[index] = now - starts[index]
-            if output.finished:
-                in_flight -= 1
-                answers[index] = _answer(output, now - starts[index])
-                if stream:
-                    answers[index]["first_token_seconds"] = firsts[index]
-    return {"answers": answers, "seconds": time.perf_counter() - begin}
+    prompts = [{"prompt_token_ids": _token_ids(tokenizer, chat)} for chat, _ in requests]
+    return answer_all(llm.llm_engine, prompts, params, concurrency, load, stream)
+
+
+def _profile(llm: Any, requests: list, sampling: dict, concurrency: int) -> None:
+    llm.start_profile()
+    _run(llm, requests, sampling, concurrency, FINITE_BATCH, False)
+    llm.stop_profile()
+
+
+def _call_workers(llm: Any, method: str, arguments: tuple) -> list[Any]:
+    return llm.collective_rpc(method, args=arguments)
 
 
 def _cache_tokens(llm: Any) -> int | None:
@@ -119,27 +109,25 @@ def _cache_tokens(llm: Any) -> int | None:
     return cache.num_gpu_blocks and cache.num_gpu_blocks * cache.block_size
 
 
-def _answer(output: Any, seconds: float) -> dict[str, Any]:
-    """What a benchmark keeps of a finished request."""
-    completion = output.outputs[0]
-    spec = completion.spec_decode_metrics
-    return {
-        "prompt_token_ids": list(output.prompt_token_ids),
-        "token_ids": list(completion.token_ids),
-        "text": completion.text,
-        "seconds": seconds,
-        "accepted_histogram": None if spec is None else list(spec.histogram),
-    }
-
-
-def _next_logprobs(llm: Any, prompts: list[list[int]], sampling_params: Any) -> list[dict]:
+def _next_logprobs(llm: Any, prompts: list[list[int]]) -> list[dict]:
     """{token: log probability} of the 20 likeliest next tokens after each prompt."""
-    params = sampling_params(temperature=0.0, max_tokens=1, logprobs=20)
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [
         {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
         for output in outputs
     ]
+
+
+_ORDERS = {
+    "run": _run,
+    "profile": _profile,
+    "call_workers": _call_workers,
+    "cache_tokens": _cache_tokens,
+    "next_logprobs": _next_logprobs,
+}
 
 
 class EngineProcess:
@@ -167,13 +155,24 @@ class EngineProcess:
             self._process.start()
         child.close()
 
-    def _receive(self, timeout: float | None) -> Any:
-        if timeout is not None and not self._pipe.poll(timeout):
-            raise TimeoutError(f"engine {self.name!r} said nothing for {timeout:.0f} s")
-        kind, value = self._pipe.recv()
+    def _receive(self, timeout: float | None = None) -> Any:
+        try:
+            if timeout is not None and not self._pipe.poll(timeout):
+                raise TimeoutError(f"engine {self.name!r} said nothing for {timeout:.0f} s")
+            kind, value = self._pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join(_END_S)
+            code = self._process.exitcode
+            raise EngineError(self.name, f"its process ended with code {code}") from error
         if kind == "failed":
-            raise RuntimeError(f"engine {self.name!r} failed:\n{value}")
+            raise EngineError(self.name, *value)
         return value
+
+    def _ask(self, *order: Any) -> Any:
+        # What an engine that is gone had to say is read below.
+        with contextlib.suppress(ConnectionError):
+            self._pipe.send(order)
+        return self._receive()
 
     def wait_ready(self, timeout: float = START_TIMEOUT_S) -> None:
         """Block until the engine has loaded and compiled."""
@@ -181,41 +180,37 @@ class EngineProcess:
 
     def run(
         self,
-        conversations: list[tuple[list[dict], dict]],
+        conversations: list[tuple[list, dict]],
         sampling: dict[str, Any],
         concurrency: int = 1,
+        *,
+        load: str = FINITE_BATCH,
         stream: bool = False,
     ) -> dict[str, Any]:
         """Answer conversations; each comes with sampling parameters of its own on top.
 
-        A conversation is a list of messages, or of token ids. With ``stream`` every answer tells
-        when its first token came.
+        A conversation is a list of messages, or of token ids.  With ``stream`` every answer tells
+        when its first token came.  What a ``load`` is and what comes back: :func:`load.answer_all`.
         """
-        kind = "stream" if stream else "chat"
-        self._pipe.send((kind, conversations, sampling, concurrency))
-        return self._receive(None)
+        return self._ask("run", conversations, sampling, concurrency, load, stream)
 
     def profile(
-        self, conversations: list[tuple[list[dict], dict]], sampling: dict, concurrency: int
+        self, conversations: list[tuple[list, dict]], sampling: dict, concurrency: int
     ) -> None:
         """Answer under torch's profiler; every worker leaves a trace in ``profile_to``."""
-        self._pipe.send(("profile", conversations, sampling, concurrency))
-        self._receive(None)
+        self._ask("profile", conversations, sampling, concurrency)
 
     def call_workers(self, method: str, *args: Any) -> list[Any]:
         """What a method of the worker class returns, by rank."""
-        self._pipe.send(("call", method, args, None))
-        return self._receive(None)
+        return self._ask("call_workers", method, args)
 
     def cache_tokens(self) -> int | None:
         """Tokens that the KV cache holds, where the engine tells."""
-        self._pipe.send(("cache_tokens", None, None, None))
-        return self._receive(None)
+        return self._ask("cache_tokens")
 
     def next_logprobs(self, prompts: list[list[int]]) -> list[dict[int, float]]:
         """Log probabilities of the likeliest next tokens after each token-id prompt."""
-        self._pipe.send(("next_logprobs", prompts, None, None))
-        return self._receive(None)
+        return self._ask("next_logprobs", prompts)
 
     def close(self) -> None:
         """End the process, and whatever it started and left behind.

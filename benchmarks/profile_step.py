@@ -3,7 +3,8 @@
     python benchmarks/profile_step.py --model MODEL --heads HEADS --out record.json
 
 Runs both engines one after the other in this process under torch's profiler, cuts the trace of
-decode steps at the kernel that ends a step, and adds up kernel time by what it serves.
+decode steps at the kernel that ends a step, and adds up kernel time by what it serves.  With
+``--questions`` requests come and go, and steps with a prefill in them are summed up apart.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from typing import Any, NamedTuple
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
+from bench_serving import QUESTIONS, further_sides
 from records import spread, write_record
+
+from vllm_medusa.training.prompt_files import read_prompts
 
 # First match wins; the rest is "other" (norms, rotary embedding, activations, copies).
 KINDS = (
@@ -35,6 +39,8 @@ KINDS = (
 )
 # The last kernel of a step that is worth finding; between walk and draft lie move and heads.
 STEP_END = {"medusa": r"draft_tree|best_tree", "plain": r"gumbel"}
+# Steps that are longer than the shortest of their batch by so many launches hold a prefill.
+MIXED_LAUNCHES = 12
 PROMPT = "Write a long story about a lighthouse keeper who learns to cook."
 
 
@@ -52,11 +58,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--heads", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--concurrency", type=int, default=1)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument(
+        "--questions", type=int, default=0, help="so many of MT-Bench instead of one long prompt"
+    )
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--sides", nargs="+", choices=STEP_END, default=list(STEP_END))
+    parser.add_argument("--sides", nargs="*", choices=STEP_END, default=list(STEP_END))
+    parser.add_argument(
+        "--side",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="a further side: its speculative_config; HEADS stands for the heads",
+    )
     return parser.parse_args()
 
 
@@ -89,10 +105,27 @@ def kind_of(name: str) -> str:
 
 
 def summarise(steps: list[list[Kernel]]) -> dict[str, Any]:
-    """Median microseconds of a step, of its kinds of kernels and of its longest kernels."""
-    median = statistics.median(len(step) for step in steps)
-    # Steps with a prefill or a first decode among them have other kernels.
-    steps = [step for step in steps if abs(len(step) - median) <= 2] or steps
+    """Median microseconds of pure decode steps and of steps with a prefill in them."""
+    launches = sorted(len(step) for step in steps)
+    # Not the very shortest: the batch may have been empty for a moment.
+    usual = launches[len(launches) // 20]
+    ends = [step[-1].end for step in steps]
+    # A step's time is that since the end of the one before, idle time included.
+    walls = [after - before for before, after in itertools.pairwise(ends)]
+    found = {}
+    for name, mixed in (("pure", False), ("mixed", True)):
+        pairs = [
+            (step, wall)
+            for step, wall in zip(steps[1:], walls, strict=True)
+            if (len(step) > usual + MIXED_LAUNCHES) == mixed
+        ]
+        if pairs:
+            found[name] = sums([step for step, _ in pairs], [wall for _, wall in pairs])
+    return found
+
+
+def sums(steps: list[list[Kernel]], walls: list[float]) -> dict[str, Any]:
+    """Median microseconds of steps, of their kinds of kernels and of their longest kernels."""
     by_kind: dict[str, list[float]] = collections.defaultdict(lambda: [0.0] * len(steps))
     by_name: dict[str, list[float]] = collections.defaultdict(lambda: [0.0] * len(steps))
     counts: collections.Counter[str] = collections.Counter()
@@ -106,18 +139,17 @@ def summarise(steps: list[list[Kernel]]) -> dict[str, Any]:
             by_kind[kind][index] += time
             by_name[kernel.name[:120]][index] += time
             counts[kernel.name[:120]] += 1
-    wall = [after[-1].end - before[-1].end for before, after in itertools.pairwise(steps)]
-    names = sorted(by_name, key=lambda name: -statistics.median(by_name[name]))[:25]
+    names = sorted(by_name, key=lambda name: -statistics.mean(by_name[name]))[:25]
     return {
         "steps": len(steps),
-        "kernels_per_step": median,
-        "step_us": spread(wall),
+        "kernels_per_step": statistics.median(len(step) for step in steps),
+        "step_us": spread(walls),
         "busy_us": spread([sum(k.end - k.start for k in step) for step in steps]),
         "by_kind_us": {k: round(statistics.median(v), 1) for k, v in sorted(by_kind.items())},
         "longest": [
             {
                 "name": name,
-                "us": round(statistics.median(by_name[name]), 1),
+                "us": round(statistics.mean(by_name[name]), 1),
                 "launches": round(counts[name] / len(steps), 2),
             }
             for name in names
@@ -125,25 +157,60 @@ def summarise(steps: list[list[Kernel]]) -> dict[str, Any]:
     }
 
 
-def profile_side(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Start one engine, let it decode under the profiler, stop it."""
-    from vllm import LLM, SamplingParams
+def make_prompts(llm: Any, args: argparse.Namespace, concurrency: int) -> list[dict[str, Any]]:
+    """One long prompt for every request, or so many questions."""
+    tokenizer = llm.get_tokenizer()
+    if args.questions:
+        prompts = itertools.islice(itertools.cycle(read_prompts(QUESTIONS).prompts), args.questions)
+        chats = [[{"role": "user", "content": prompt.turns[0]}] for prompt in prompts]
+        return [
+            {
+                "prompt_token_ids": tokenizer.apply_chat_template(
+                    chat, add_generation_prompt=True, return_dict=False
+                )
+            }
+            for chat in chats
+        ]
+    ids = tokenizer.encode(PROMPT)
+    ids = (ids * (args.prompt_tokens // len(ids) + 1))[: args.prompt_tokens]
+    return [{"prompt_token_ids": ids}] * concurrency
 
-    extra = {"speculative_model": f"medusa:{args.heads}"} if name == "medusa" else {}
+
+def decode(llm: Any, prompts: list[dict[str, Any]], params: Any, concurrency: int) -> None:
+    """Answer all with so many requests in flight."""
+    engine, waiting, in_flight = llm.llm_engine, list(enumerate(prompts)), 0
+    while waiting or in_flight:
+        while waiting and in_flight < concurrency:
+            index, prompt = waiting.pop(0)
+            engine.add_request(str(index), prompt, params)
+            in_flight += 1
+        in_flight -= sum(output.finished for output in engine.step())
+
+
+def profile_side(name: str, extra: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Start one engine, let it decode under the profiler at every concurrency, stop it."""
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
     llm = LLM(
-        args.model, max_model_len=args.max_model_len, max_num_seqs=max(8, args.concurrency),
+        args.model, max_model_len=args.max_model_len, max_num_seqs=max(8, *args.concurrency),
         enable_prefix_caching=False, kv_cache_memory_bytes=4 << 30, gpu_memory_utilization=0.5,
         **extra,
     )  # fmt: skip
-    ids = llm.get_tokenizer().encode(PROMPT)
-    ids = (ids * (args.prompt_tokens // len(ids) + 1))[: args.prompt_tokens]
-    prompts = [{"prompt_token_ids": ids}] * args.concurrency
-    params = SamplingParams(temperature=0.0, max_tokens=args.steps, ignore_eos=True)
-    llm.generate(prompts, params, use_tqdm=False)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        llm.generate(prompts, params, use_tqdm=False)
-        torch.cuda.synchronize()
-    found = summarise(cut_steps(gpu_kernels(profile), STEP_END[name]))
+    params = SamplingParams(
+        temperature=0.0, max_tokens=args.steps, ignore_eos=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+    found = {}
+    for concurrency in args.concurrency:
+        prompts = make_prompts(llm, args, concurrency)
+        decode(llm, prompts, params, concurrency)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            decode(llm, prompts, params, concurrency)
+            torch.cuda.synchronize()
+        steps = cut_steps(gpu_kernels(profile), STEP_END["medusa" if extra else "plain"])
+        found[str(concurrency)] = summarise(steps)
+        report(name, concurrency, found[str(concurrency)])
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
@@ -151,28 +218,34 @@ def profile_side(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def report(name: str, concurrency: int, found: dict[str, Any]) -> None:
+    """Print a side at one concurrency."""
+    for kind, part in found.items():
+        print(
+            f"{name} x {concurrency}, {kind}: {part['steps']} steps of "
+            f"{part['step_us']['median']:.0f} us, busy {part['busy_us']['median']:.0f} us, "
+            f"{part['kernels_per_step']:.0f} kernels"
+        )
+        print("  " + ", ".join(f"{kind} {time:.0f}" for kind, time in part["by_kind_us"].items()))
+        for entry in part["longest"][:14]:
+            print(f"    {entry['us']:9.1f}  x{entry['launches']:<6} {entry['name'][:90]}")
+
+
 def main() -> None:
     """Profile the sides, print and record."""
     args = parse_args()
-    sides = {name: profile_side(name, args) for name in args.sides}
-    for name, found in sides.items():
-        print(
-            f"{name}: step {found['step_us']['median']:.0f} us, busy "
-            f"{found['busy_us']['median']:.0f} us, {found['kernels_per_step']:.0f} kernels"
-        )
-        for kind, time in found["by_kind_us"].items():
-            print(f"  {kind:<10} {time:9.1f}")
-        for entry in found["longest"][:14]:
-            print(f"    {entry['us']:9.1f}  x{entry['launches']:<6} {entry['name'][:90]}")
+    known = {"medusa": {"speculative_model": f"medusa:{args.heads}"}, "plain": {}}
+    chosen = {name: known[name] for name in args.sides} | further_sides(args.side, args.heads)
+    sides = {name: profile_side(name, extra, args) for name, extra in chosen.items()}
     write_record(
         args.out,
         {
             "benchmark": "profile_step",
             "model": Path(args.model).name,
             "heads": Path(args.heads).name,
-            "concurrency": args.concurrency,
-            "prompt_tokens": args.prompt_tokens,
-            "steps": args.steps,
+            "prompt_tokens": None if args.questions else args.prompt_tokens,
+            "questions": args.questions,
+            "tokens": args.steps,
             "sides": sides,
         },
     )

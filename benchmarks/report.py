@@ -23,7 +23,16 @@ from report_heads import (
     training_section,
     training_speed_section,
 )
-from report_tables import RESULTS, ROOT, device, measured_table, median_of, shown_command, table
+from report_tables import (
+    RESULTS,
+    ROOT,
+    device,
+    load_of,
+    measured_table,
+    median_of,
+    shown_command,
+    table,
+)
 
 HEADS = ROOT / "vllm_medusa" / "assets" / "smollm2-135m-instruct"
 
@@ -87,9 +96,9 @@ def serving_section(path: Path) -> str:
     return (
         f"**{'SYNTHETIC acceptance, ' if synthetic is not None else ''}"
         f"{record.get('label', record['model'])} on {device(record)}**, {count} MT-Bench "
-        f"questions, {record['turns']} turn(s), at most {record['max_tokens']} tokens{at}, medians "
-        f"of {record['rounds']} interleaved rounds (extremes in brackets); commit {commit[:10]}, "
-        f"`{path.relative_to(ROOT)}`:\n\n"
+        f"questions, {record['turns']} turn(s), {load_of(record)}, at most {record['max_tokens']} "
+        f"tokens{at}, medians of {record['rounds']} interleaved rounds (extremes in brackets); "
+        f"commit {commit[:10]}, `{path.relative_to(ROOT)}`:\n\n"
         f"{table(header, rows)}\n\n{''.join(notes)}{told}\n\n`{shown_command(record)}`"
     )
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from report_tables import device, measured_table
+from report_tables import device, load_of, measured_table
 
 
 def commits(record: dict[str, Any]) -> str:
@@ -59,9 +59,9 @@ def compare_section(path: Path) -> str:
     ]  # fmt: skip
     left_out = "; ".join(f"{cell['key']['side']}: {cell['failed']}" for cell in failed)
     text = (
-        f"**Head to head, {record['label']} on {device(record)}**, first turns of MT-Bench, at "
-        f"most {record['max_tokens']} tokens, temperature 0, {record['rounds']} rounds, "
-        f"{record['order']}; {commits(record)};"
+        f"**Head to head, {record['label']} on {device(record)}**, first turns of MT-Bench, "
+        f"{load_of(record)}, at most {record['max_tokens']} tokens, temperature 0, "
+        f"{record['rounds']} rounds, {record['order']}; {commits(record)};"
     )
     notes = f"\n\nNot measured: {left_out}." if left_out else ""
     return measured_table(text, path, record, header, rows) + notes
@@ -94,8 +94,8 @@ def widths_section(path: Path) -> str:
     text = (
         f"**Adaptive choice against fixed trees, {record['label']} on {device(record)}**, tok/s, "
         "one engine held at each width in turn; prompts of MT-Bench questions and the model's own "
-        f"answers, {record['max_tokens']} tokens each, medians of {record['rounds']} interleaved "
-        f"rounds; {commits(record)};"
+        f"answers, {load_of(record)}, {record['max_tokens']} tokens each, medians of "
+        f"{record['rounds']} interleaved rounds; {commits(record)};"
     )
     return measured_table(text, path, record, header, rows)
 
@@ -124,8 +124,9 @@ def latency_section(path: Path) -> str:
     ]  # fmt: skip
     text = (
         f"**Time to the first token, {record['label']} on {device(record)}**, streamed, first "
-        f"turns of MT-Bench, {record['rounds']} rounds in turns; *stock* is vLLM without the "
-        f"plugin (`VLLM_PLUGINS=''`), *plugin off* has it installed; {commits(record)};"
+        f"turns of MT-Bench, {load_of(record)}, {record['rounds']} rounds in turns; *stock* is "
+        "vLLM without the plugin (`VLLM_PLUGINS=''`), *plugin off* has it installed; "
+        f"{commits(record)};"
     )
     return measured_table(text, path, record, header, rows)
 

@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from load import FINITE_BATCH
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -31,6 +33,11 @@ def device(record: dict[str, Any]) -> str:
     """Where a record was made."""
     provenance = record["provenance"]
     return (provenance["gpus"] or [provenance["processor"]])[0]
+
+
+def load_of(record: dict[str, Any]) -> str:
+    """The load under which a record was made; records from before there was a choice name none."""
+    return record.get("load", FINITE_BATCH)
 
 
 def median_of(values: dict[str, float]) -> str:

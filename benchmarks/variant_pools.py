@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.sequential_draft import SequentialDrafter
+from vllm_medusa.sequential_heads import SequentialHeads
 from vllm_medusa.training.hidden_states import HiddenStateSet
 from vllm_medusa.training.simulate import Path_, pool_places
 from vllm_medusa.tree import TokenTree
@@ -29,12 +30,13 @@ def places_in_pool(
     lm_head: Tensor,
 ) -> np.ndarray:
     """Draft the tree at every row, as it is served, and place its right nodes."""
-    drafter, found = SequentialDrafter(heads, TokenTree.from_paths(paths)), []
+    sequential = SequentialHeads(heads.to_weights(), lm_head.device)
+    drafter, found = SequentialDrafter(sequential, TokenTree.from_paths(paths), _AT_ONCE), []
     for start in range(0, data.num_rows, _AT_ONCE):
         rows = slice(start, start + _AT_ONCE)
         _, log_probs = drafter.score(
-            data.hidden[rows], data.labels[rows, 0].long(), lambda ids: embeddings[ids],
+            data.hidden[rows], data.labels[rows, 0].long(), embeddings,
             lambda states: functional.linear(states, lm_head),
         )  # fmt: skip
-        found.append(log_probs.flatten(1)[:, : len(paths)])
+        found.append(log_probs.flatten(1)[:, : len(paths)].clone())
     return pool_places(ranks, torch.cat(found).cpu().numpy(), paths)

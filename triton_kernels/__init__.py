@@ -19,10 +19,12 @@ from typing import Any
 # because importing a submodule would overwrite the attribute of the same name.
 _LAUNCHERS = {
     "add_tree_attention": "attention",
+    "add_update": "sequential",
     "best_tree": "tree_choice",
     "KVCompactor": "kv_compaction",
     "compact_kv": "kv_compaction",
     "draft_tree": "draft",
+    "embed_paths": "sequential",
     "lookup_chain": "lookup",
     "scatter_tree": "scatter",
     "top_tokens": "draft_tokens",

@@ -51,19 +51,22 @@ def check_top_tokens(
     *,
     weights: torch.Tensor | None,
     token_map: torch.Tensor | None,
+    columns: torch.Tensor | None,
     workspace: DraftWorkspace | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``top_tokens`` documents."""
     num_reqs, num_heads, vocab = _check_logits(logits, token_map)
-    num_top = tokens.shape[-1] if tokens.dim() else 0
+    name, ranked = ("tokens", tokens) if columns is None else ("columns", columns)
+    num_top = ranked.shape[-1] if ranked.dim() else 0
     low = min(vocab, MAX_TOP)
-    require(1 <= num_top <= low, "tokens", f"{num_top} ranks", f"1..{low} (vocabulary, kernel)")
+    require(1 <= num_top <= low, name, f"{num_top} ranks", f"1..{low} (vocabulary, kernel)")
     shape = [at_least(num_reqs), num_heads, num_top]
-    for name, tensor, dtype in (
-        ("tokens", tokens, torch.int64),
-        ("log_probs", log_probs, torch.float32),
-    ):
-        _check_contiguous(name, tensor, shape, dtype, logits.device)
+    if columns is not None:
+        _check_contiguous("columns", columns, shape[1:], torch.int32, logits.device)
+        shape = [at_least(num_reqs), None]
+    _check_contiguous("tokens", tokens, shape, torch.int64, logits.device)
+    shape = [at_least(num_reqs), *tokens.shape[1:]]
+    _check_contiguous("log_probs", log_probs, shape, torch.float32, logits.device)
     if weights is not None:
         shape = [num_heads]
         check_tensor("weights", weights, shape=shape, dtype=torch.float32, device=logits.device)

@@ -68,23 +68,25 @@ def _best_tokens(
     return group * GROUP + places % GROUP
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads"])
 def _top_tokens_kernel(
-    tokens,  # out [R * NUM_HEADS, NUM_TOP] int64
-    log_probs,  # out [R * NUM_HEADS, NUM_TOP] float32
-    counters,  # in-place [R * NUM_HEADS] int32, 0 on entry and on return
-    maxima,  # scratch [R * NUM_HEADS, num_groups] int32
-    sums,  # scratch [R * NUM_HEADS, num_chunks, 2] float32
-    picks,  # scratch [R * NUM_HEADS, MAX_TOP] int32
-    logits,  # in [R, NUM_HEADS, vocab_size]
-    weights,  # in [NUM_HEADS] float32, or None
-    token_map,  # in [1 or NUM_HEADS, vocab_size] int64, or None
+    tokens,  # out [R, out_width] int64
+    log_probs,  # out [R, out_width] float32
+    counters,  # in-place [R * num_heads] int32, 0 on entry and on return
+    maxima,  # scratch [R * num_heads, num_groups] int32
+    sums,  # scratch [R * num_heads, num_chunks, 2] float32
+    picks,  # scratch [R * num_heads, MAX_TOP] int32
+    logits,  # in [R, num_heads, vocab_size]
+    weights,  # in [num_heads] float32, or None
+    token_map,  # in [1 or num_heads, vocab_size] int64, or None
+    columns,  # in [num_heads, NUM_TOP] int32, columns of `tokens`, or None: all, in this order
+    out_width,
     req_stride,
     head_stride,
     map_stride,  # 0: one map for all heads
     vocab_size,
     num_groups,
-    NUM_HEADS: tl.constexpr,
+    num_heads,
     NUM_TOP: tl.constexpr,
     MAX_TOP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -93,14 +95,14 @@ def _top_tokens_kernel(
     PADDED_GROUPS: tl.constexpr,
     PADDED_CHUNKS: tl.constexpr,
 ):
-    """Grid: (R * NUM_HEADS * chunks,), a chunk being GROUPS_PER_PROGRAM groups.
+    """Grid: (R * num_heads * chunks,), a chunk being GROUPS_PER_PROGRAM groups.
 
     As in ``draft_tree``: every program writes what it found in its chunk, and the one that
     finishes a row of logits last puts the row together.
     """
     num_chunks = tl.cdiv(num_groups, GROUPS_PER_PROGRAM)
     row, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
-    req, head = row // NUM_HEADS, row % NUM_HEADS
+    req, head = row // num_heads, row % num_heads
     row_logits = logits + req.to(tl.int64) * req_stride + head.to(tl.int64) * head_stride
     row_maxima = maxima + row.to(tl.int64) * num_groups
     row_sums = sums + row.to(tl.int64) * num_chunks * 2
@@ -142,7 +144,11 @@ def _top_tokens_kernel(
     if token_map is not None:
         row_map = token_map + head.to(tl.int64) * map_stride
         best = tl.load(row_map + best, mask=is_rank, other=-1).to(tl.int32)
-    place = row.to(tl.int64) * NUM_TOP + ranks
+    place = head * NUM_TOP + ranks
+    if columns is not None:
+        place = tl.load(columns + place, mask=is_rank, other=-1)
+        is_rank = place >= 0
+    place += req.to(tl.int64) * out_width
     tl.store(tokens + place, best.to(tl.int64), mask=is_rank)
     tl.store(log_probs + place, values, mask=is_rank)
 
@@ -154,6 +160,7 @@ def top_tokens(
     *,
     weights: torch.Tensor | None = None,
     token_map: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
     workspace: DraftWorkspace | None = None,
 ) -> None:
     """Each head's most likely tokens, best first, with their log probabilities.
@@ -164,9 +171,10 @@ def top_tokens(
     Parameters
     ----------
     tokens : torch.Tensor
-        ``[>= R, K, T]`` int64, out, contiguous. Ids of the base vocabulary; T <= 128.
+        ``[>= R, K, T]`` int64, out, contiguous. Ids of the base vocabulary; T <= 128.  With
+        `columns` ``[>= R, W]``.
     log_probs : torch.Tensor
-        ``[>= R, K, T]`` float32, out, contiguous. Log softmax over the heads' vocabulary; never
+        Like `tokens`, float32, out, contiguous. Log softmax over the heads' vocabulary; never
         above 0, never rising with the rank, -inf at worst.  Times `weights`.
     logits : torch.Tensor
         ``[R, K, V]`` bfloat16, float16 or float32, any strides but a dense last dimension; the
@@ -175,6 +183,9 @@ def top_tokens(
         ``[K]`` float32, positive. Factor of each head's log probabilities.
     token_map : torch.Tensor, optional
         ``[1 or K, V]`` int64. Heads' vocabulary id -> base vocabulary id.
+    columns : torch.Tensor, optional
+        ``[K, T]`` int32, contiguous, below W. Column of `tokens` and `log_probs` for each rank of
+        each head; where it is negative the rank is not written, nor is any other column.
     workspace : DraftWorkspace, optional
         Serves any number of calls, one after another; allocated when missing.
 
@@ -184,20 +195,21 @@ def top_tokens(
     ``[[[-0.24, -2.24]]]``.
     """
     check_top_tokens(
-        tokens, log_probs, logits, weights=weights, token_map=token_map, workspace=workspace
-    )
+        tokens, log_probs, logits, weights=weights, token_map=token_map, columns=columns,
+        workspace=workspace,
+    )  # fmt: skip
     check_runnable("logits", logits, _top_tokens_kernel)
     num_reqs, num_heads, vocab = logits.shape
     if num_reqs == 0:
         return
     num_rows, groups, chunks = num_reqs * num_heads, num_groups(vocab), num_chunks(vocab)
-    num_top = tokens.shape[2]
+    num_top = (tokens if columns is None else columns).shape[-1]
     workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
     _top_tokens_kernel[(num_rows * chunks,)](
-        tokens, log_probs, *workspace, logits, weights, token_map,
-        logits.stride(0), logits.stride(1),
+        tokens, log_probs, *workspace, logits, weights, token_map, columns,
+        tokens.stride(0), logits.stride(0), logits.stride(1),
         0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
-        vocab, groups, NUM_HEADS=num_heads, NUM_TOP=num_top, MAX_TOP=MAX_TOP, GROUP=GROUP,
+        vocab, groups, num_heads, NUM_TOP=num_top, MAX_TOP=MAX_TOP, GROUP=GROUP,
         GROUPS_PER_PROGRAM=GROUPS_PER_PROGRAM, PADDED_TOP=triton.next_power_of_2(num_top),
         PADDED_GROUPS=triton.next_power_of_2(groups),
         PADDED_CHUNKS=triton.next_power_of_2(chunks), num_warps=4,

@@ -16,14 +16,17 @@ from .kv_layout import WORDS, group_layers
 from .reference_attention import add_tree_attention, tree_attention
 from .reference_draft import best_tree, draft_tree, top_tokens
 from .reference_lookup import lookup_chain
+from .reference_sequential import add_update, embed_paths
 from .reference_walk import path_rows, tree_walk
 
 __all__ = [
     "KVCompactor",
     "add_tree_attention",
+    "add_update",
     "best_tree",
     "compact_kv",
     "draft_tree",
+    "embed_paths",
     "lookup_chain",
     "path_rows",
     "scatter_tree",

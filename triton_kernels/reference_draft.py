@@ -50,31 +50,37 @@ def best_tokens(
 
 
 def top_tokens(
-    tokens: torch.Tensor,  # [>= R, K, T] int64
-    log_probs: torch.Tensor,  # [>= R, K, T] float32
+    tokens: torch.Tensor,  # [>= R, K, T] int64, or [>= R, W]
+    log_probs: torch.Tensor,  # like tokens, float32
     logits: torch.Tensor,  # [R, K, V]
     *,
     weights: torch.Tensor | None = None,  # [K] float32
     token_map: torch.Tensor | None = None,  # [1 or K, V] int64
+    columns: torch.Tensor | None = None,  # [K, T] int32
     workspace: DraftWorkspace | None = None,
 ) -> None:
     """Twin of :func:`vllm_medusa.triton_kernels.draft_tokens.top_tokens`; needs no workspace."""
     check_top_tokens(
-        tokens, log_probs, logits, weights=weights, token_map=token_map, workspace=workspace
-    )
+        tokens, log_probs, logits, weights=weights, token_map=token_map, columns=columns,
+        workspace=workspace,
+    )  # fmt: skip
     num_reqs, num_heads, _ = logits.shape
     if num_reqs == 0:
         return
-    ids = best_tokens(logits, tokens.shape[2])
+    ids = best_tokens(logits, (tokens if columns is None else columns).shape[-1])
     limits = torch.finfo(torch.float32)
     known = logits.float().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
     largest = known.amax(-1, keepdim=True)
     log_sum = (known - largest).exp().sum(-1, keepdim=True).log()
     best = ((known.gather(2, ids) - largest) - log_sum).clamp(max=0.0)
-    log_probs[:num_reqs] = best if weights is None else best * weights[:, None]
+    best = best if weights is None else best * weights[:, None]
     if token_map is not None:
         ids = token_map.expand(num_reqs, num_heads, -1).gather(2, ids)
-    tokens[:num_reqs] = ids
+    for table, found in ((tokens, ids), (log_probs, best)):
+        if columns is None:
+            table[:num_reqs] = found
+        else:
+            table[:num_reqs, columns[columns >= 0].long()] = found[:, columns >= 0]
 
 
 def best_tree(

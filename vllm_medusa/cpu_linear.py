@@ -16,6 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_medusa import cpu_rows, vllm_seams
 from vllm_medusa.heads import MedusaHeads
+from vllm_medusa.sequential_heads import SequentialHeads
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -105,7 +106,7 @@ def packed_layers(model: torch.nn.Module) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
-def pack_lm_head(heads: MedusaHeads) -> None:
+def pack_lm_head(heads: MedusaHeads | SequentialHeads) -> None:
     """Let heads with one lm_head for all of them multiply by panels."""
     if heads.lm_head is None or heads.lm_head.shape[0] != 1:
         return

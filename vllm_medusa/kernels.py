@@ -22,8 +22,10 @@ __all__ = [
     "RequestState",
     "TreeTables",
     "WalkOutput",
+    "add_update",
     "best_tree",
     "draft_tree",
+    "embed_paths",
     "lookup_chain",
     "scatter_tree",
     "top_tokens",
@@ -63,3 +65,13 @@ def lookup_chain(chain: torch.Tensor, *args, **kwargs) -> None:
 def scatter_tree(positions: torch.Tensor, *args) -> None:
     """Positions and masks of tree rows; arguments as in the kernel's launcher."""
     _implementation(positions).scatter_tree(positions, *args)
+
+
+def embed_paths(out: torch.Tensor, *args) -> None:
+    """What sequential heads read at each parent; arguments as in the kernel's launcher."""
+    _implementation(out).embed_paths(out, *args)
+
+
+def add_update(out: torch.Tensor, *args) -> None:
+    """End of a residual layer of sequential heads; arguments as in the kernel's launcher."""
+    _implementation(out).add_update(out, *args)

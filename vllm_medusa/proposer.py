@@ -18,11 +18,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.draft_vocabulary import cut_lm_head
 from vllm_medusa.dynamic_tree import DynamicDrafter
+from vllm_medusa.embedding_table import embedding_table
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.kernels import DraftWorkspace, draft_tree
 from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.rank_agreement import on_every_rank
 from vllm_medusa.sequential_draft import ChosenSequentialDrafter, SequentialDrafter
+from vllm_medusa.sequential_heads import SequentialHeads
 from vllm_medusa.sharded_draft import ShardedDraft, shard_heads
 from vllm_medusa.tree_batch import TreeBatch
 
@@ -103,7 +105,8 @@ class MedusaProposer(DraftModelSpeculator):
                     "sharded, quantised or has a bias",
                     size,
                 )
-            heads = MedusaHeads.from_weights(weights, self.device)
+            make = SequentialHeads if weights.spec.sequential else MedusaHeads.from_weights
+            heads = make(weights, self.device)
         if self.device.type == "cpu":
             from vllm_medusa.cpu_linear import pack_lm_head
 
@@ -111,14 +114,17 @@ class MedusaProposer(DraftModelSpeculator):
         # Not a submodule: vLLM walks the draft's parameters on reload and sleep.
         object.__setattr__(self, "compute_base_logits", target_model.compute_logits)
         if heads.spec.sequential:
-            object.__setattr__(self, "embed_tokens", target_model.embed_input_ids)
+            table = embedding_table(target_model, heads.spec.hidden_size)
+            embeddings = target_model.embed_input_ids if table is None else table
+            object.__setattr__(self, "embeddings", embeddings)
         return heads
 
     def build_drafter(self) -> None:
         """Allocate what the loaded heads draft in."""
         spec = self.model.spec
         if spec.sequential:
-            self.drafter = SequentialDrafter(self.model, self.tree_batch.tree)
+            tree = self.tree_batch.tree
+            self.drafter = SequentialDrafter(self.model, tree, self.max_num_reqs)
             if self.speculative_config.dynamic_tree:
                 self.drafter = ChosenSequentialDrafter(
                     self.drafter, self.tree_batch, self.make_lookup()
@@ -209,10 +215,11 @@ class MedusaProposer(DraftModelSpeculator):
             out = slots.new_empty(hidden.shape[0], self.node_columns.shape[0], dtype=torch.int64)
         if self.model.spec.sequential:
             roots = self.req_states.last_sampled_tokens.view(-1)[slots.clamp(min=0)].long()
-            inputs = (hidden, roots, self.embed_tokens, self.compute_base_logits)
+            inputs = (hidden, roots, self.embeddings, self.compute_base_logits)
             if isinstance(self.drafter, SequentialDrafter):
-                return out.copy_(self.drafter.draft(*inputs))
-            self.drafter.draft(out, slots, *inputs)
+                self.drafter.draft(out, *inputs)
+            else:
+                self.drafter.draft(out, slots, *inputs)
             return out
         if self.sharded is not None:
             self.sharded.draft(out, hidden, self.node_columns)

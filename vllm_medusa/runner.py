@@ -117,7 +117,10 @@ class TreeRunnerMixin:
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Register requests; remember how each is verified, and which a graph may sample."""
         super().add_requests(scheduler_output)
-        if self.verification_step is None or not scheduler_output.scheduled_new_reqs:
+        if self.verification_step is None:
+            return
+        self.verification_step.next_nodes = scheduler_output.num_spec_tokens_to_schedule
+        if not scheduler_output.scheduled_new_reqs:
             return
         self.verification_step.read_requests()
         for request in scheduler_output.scheduled_new_reqs:

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional
 
-from vllm_medusa.heads import MedusaHeads
-from vllm_medusa.heads_path import path_update
-from vllm_medusa.kernels import top_tokens
+from vllm_medusa.kernels import DraftWorkspace, embed_paths, top_tokens
 from vllm_medusa.prompt_lookup import PromptLookup
+from vllm_medusa.sequential_heads import SequentialHeads
 from vllm_medusa.tree import TokenTree
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.tree_candidates import candidate_tables
@@ -26,52 +24,65 @@ from vllm_medusa.tree_chooser import TreeChooser
 # nodes and 64 requests would cost more than the step that follows.
 _ROW_BUDGET = 512
 
+# The base model's input embeddings, [at least vocab_size, hidden_size], or what looks them up:
+# ids [m] int64 -> [m, hidden_size].
+Embeddings = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+
 
 class SequentialDrafter:
-    """Fills a fixed tree; all index tables are built once, so ``draft`` copies nothing.
+    """Fills a fixed tree; all tables are allocated once, so ``score`` only launches kernels.
 
     Parameters
     ----------
-    heads : MedusaHeads
-        Sequential heads, at least as many as the tree is deep.
+    heads : SequentialHeads
+        At least as many as the tree is deep.
     tree : TokenTree
+    max_num_reqs : int
+        Requests of the largest batch.
     """
 
-    def __init__(self, heads: MedusaHeads, tree: TokenTree) -> None:
-        spec = heads.spec
-        if not spec.sequential:
-            raise ValueError("heads: found independent heads; draft them with top_tokens")
+    def __init__(self, heads: SequentialHeads, tree: TokenTree, max_num_reqs: int) -> None:
+        spec, device = heads.spec, heads.first_weights[0].device
         tree.validate(spec.num_heads, spec.output_size)
         self.heads, self.tree = heads, tree
-        self.num_top = tree.max_rank + 1
-        # A node's column is its row less one; the root's token has the last one, -1.
+        # A node's column is its row less one.
         self.columns_per_head = -(-tree.num_rows // tree.max_depth)
+        width = tree.max_depth * self.columns_per_head
         sizes = {tree.num_nodes, *(size for size in (1, 3, 7, 15, 31) if size < tree.num_nodes)}
-        self._levels = {size: _levels(tree.cut(size), heads.weight.device) for size in sizes}
+        num_top = tree.max_rank + 1
+        self._cuts = {
+            size: _CutTree(tree.cut(size), num_top, (max_num_reqs, width), device) for size in sizes
+        }
+        most_rows = max(
+            num_reqs * self._cut_for(num_reqs).most_parents
+            for num_reqs in range(1, max_num_reqs + 1)
+        )
+        self.workspace = DraftWorkspace.allocate(most_rows, spec.output_size, device)
 
     def draft(
         self,
+        # [num_reqs, num_nodes] int64
+        out: torch.Tensor,
         # [num_reqs, hidden_size], spec.dtype: hidden states of the last verified rows
         hidden: torch.Tensor,
         # [num_reqs] int64: the token that the base model chose there, the tree's root
         root_tokens: torch.Tensor,
-        # ids [m] int64 -> [m, hidden_size], the base model's input embeddings
-        embed_tokens: Callable[[torch.Tensor], torch.Tensor],
+        embeddings: Embeddings,
         # [m, hidden_size] -> [m, vocab_size]; None for own lm_heads
         apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Draft tokens of all nodes, [num_reqs, num_nodes] int64 ids of the base vocabulary.
+    ) -> None:
+        """Write draft tokens of all nodes, ids of the base vocabulary, to ``out``.
 
         Batches whose requests are too many for the whole tree get the token 0 at its last nodes.
         """
-        tokens, _ = self.score(hidden, root_tokens, embed_tokens, apply_lm_head)
-        return tokens.flatten(1)[:, : self.tree.num_nodes].clamp_(min=0)
+        tokens, _ = self.score(hidden, root_tokens, embeddings, apply_lm_head)
+        torch.clamp(tokens.flatten(1)[:, : self.tree.num_nodes], min=0, out=out)
 
     def score(
         self,
         hidden: torch.Tensor,
         root_tokens: torch.Tensor,
-        embed_tokens: Callable[[torch.Tensor], torch.Tensor],
+        embeddings: Embeddings,
         apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with every node's log probability behind its parent.
@@ -80,30 +91,56 @@ class SequentialDrafter:
         -------
         tokens, log_probs : torch.Tensor, [num_reqs, depth, columns_per_head] int64 and float32
             A node in the column of its place, over both dimensions; -1 and -inf where none was
-            drafted.
+            drafted. Tables of this drafter, to be read only, and until it drafts again.
         """
-        num_reqs, size = hidden.shape
-        width = self.tree.max_depth * self.columns_per_head
-        tokens = root_tokens.new_full((num_reqs, width), -1)
-        tokens[:, -1] = root_tokens
-        log_probs = hidden.new_full((num_reqs, width), float("-inf"), dtype=torch.float32)
-        for head, level in enumerate(self._levels[self._num_nodes(num_reqs)], start=1):
-            num_parents = level.paths.shape[0]
-            path_tokens = tokens[:, level.paths].reshape(num_reqs * num_parents, head)
-            embedded = embed_tokens(path_tokens.flatten()).to(hidden.dtype)
-            states = hidden.repeat_interleave(num_parents, dim=0)
-            path = embedded.view(-1, head, size)
-            top = top_tokens_of_head(self.heads, head, states, path, self.num_top, apply_lm_head)
-            for table, found in zip((tokens, log_probs), top, strict=True):
-                by_parent = found.view(num_reqs, num_parents, self.num_top)
-                table[:, level.columns] = by_parent[:, level.parents, level.ranks]
+        num_reqs = hidden.shape[0]
+        cut = self._cut_for(num_reqs)
+        tokens, log_probs = cut.tokens[:num_reqs], cut.log_probs[:num_reqs]
+        for head, level in enumerate(cut.levels, start=1):
+            inputs = self._inputs(level, hidden, tokens, root_tokens, embeddings)
+            logits = self.heads.logits(head, inputs, apply_lm_head)
+            top_tokens(
+                tokens,
+                log_probs,
+                logits.unflatten(0, (num_reqs, len(level.paths))),
+                token_map=self.heads.map_of(head),
+                columns=level.columns,
+                workspace=self.workspace,
+            )
         shape = (num_reqs, self.tree.max_depth, self.columns_per_head)
         return tokens.view(shape), log_probs.view(shape)
 
-    def _num_nodes(self, num_reqs: int) -> int:
-        """Nodes of each tree in a batch of so many requests."""
+    def levels_for(self, num_reqs: int) -> list[_Level]:
+        """Index tables by which a batch of so many requests is drafted."""
+        return self._cut_for(num_reqs).levels
+
+    def _inputs(
+        self,
+        level: _Level,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        root_tokens: torch.Tensor,
+        embeddings: Embeddings,
+    ) -> torch.Tensor:
+        # -> [num_reqs * num_parents, 1 + depth, hidden_size]
+        paths = level.paths
+        if not isinstance(embeddings, torch.Tensor):
+            # A table of its own for this level, with a row for every token of every path.
+            known = torch.cat([tokens, root_tokens[:, None]], dim=1)
+            embeddings = embeddings(known[:, paths].flatten())
+            tokens = torch.arange(len(embeddings), device=tokens.device).view(len(tokens), -1)
+            paths = level.places
+        num_parents, depth = paths.shape
+        shape = (len(hidden) * num_parents, 1 + depth, hidden.shape[1])
+        inputs = hidden.new_empty(shape)
+        embed_paths(inputs, hidden, tokens, root_tokens, paths, embeddings)
+        return inputs
+
+    def _cut_for(self, num_reqs: int) -> _CutTree:
+        """What is drafted of the tree in a batch of so many requests."""
         affordable = max(1, _ROW_BUDGET // max(1, num_reqs) - 1)
-        return min((s for s in self._levels if s >= affordable), default=self.tree.num_nodes)
+        size = min((s for s in self._cuts if s >= affordable), default=self.tree.num_nodes)
+        return self._cuts[size]
 
 
 class ChosenSequentialDrafter:
@@ -138,87 +175,46 @@ class ChosenSequentialDrafter:
         slots: torch.Tensor,  # [num_reqs] int64, negative: no request
         hidden: torch.Tensor,  # and the rest as SequentialDrafter.draft
         root_tokens: torch.Tensor,
-        embed_tokens: Callable[[torch.Tensor], torch.Tensor],
+        embeddings: Embeddings,
         apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """Write every request's next tree into its slot's tables, and its drafts to ``out``."""
-        tokens, log_probs = self.drafter.score(hidden, root_tokens, embed_tokens, apply_lm_head)
+        tokens, log_probs = self.drafter.score(hidden, root_tokens, embeddings, apply_lm_head)
         self.chooser.choose(out, tokens, log_probs, slots)
         # Nodes that were not drafted come last, but something must be embedded there.
         out.clamp_(min=0)
 
 
+class _CutTree:
+    """The first nodes of a tree, and the tables that they are drafted to.
+
+    Every draft writes all columns of its nodes, so that the others never change.
+    """
+
+    def __init__(
+        self, tree: TokenTree, num_top: int, shape: tuple[int, int], device: torch.device
+    ) -> None:
+        depths = range(1, tree.max_depth + 1)
+        self.levels = [_Level(tree, depth, num_top, device) for depth in depths]
+        self.most_parents = max(len(level.paths) for level in self.levels)
+        # [max_num_reqs, depth * columns_per_head]
+        self.tokens = torch.full(shape, -1, device=device)
+        self.log_probs = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
+
+
 class _Level:
     """Index tables of the nodes at one depth."""
 
-    def __init__(self, tree: TokenTree, depth: int, device: torch.device) -> None:
+    def __init__(self, tree: TokenTree, depth: int, num_top: int, device: torch.device) -> None:
         rows = [row for row in range(tree.num_rows) if tree.depths[row] == depth]
         parents = sorted({tree.parents[row] for row in rows})
-
-        def table(values: list) -> torch.Tensor:
-            return torch.tensor(values, device=device)
-
-        # [num_parents, depth]: columns from the root to the parent
-        self.paths = table([[row - 1 for row in tree.path_to(parent)] for parent in parents])
-        # [nodes of the depth] each: a child's column, its parent's place in `paths`, its rank
-        self.columns = table([row - 1 for row in rows])
-        self.parents = table([parents.index(tree.parents[row]) for row in rows])
-        self.ranks = table([tree.ranks[row] for row in rows])
-
-
-def _levels(tree: TokenTree, device: torch.device) -> list[_Level]:
-    return [_Level(tree, depth, device) for depth in range(1, tree.max_depth + 1)]
-
-
-def top_tokens_of_head(
-    heads: MedusaHeads,
-    head: int,
-    # [n, hidden_size], spec.dtype
-    hidden: torch.Tensor,
-    # [n, head, hidden_size]: root's token first
-    path_embeddings: torch.Tensor,
-    num_top: int,
-    apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Most likely tokens of one head (from 1) on given paths, and their log probabilities.
-
-    Returns
-    -------
-    tokens, log_probs : torch.Tensor, [n, num_top] int64 ids of the base vocabulary and float32
-    """
-    spec, index = heads.spec, head - 1
-    states = hidden
-    for layer in range(spec.num_layers):
-        bias = None if heads.bias is None else heads.bias[layer, index]
-        update = functional.linear(states, heads.weight[layer, index], bias)
-        if layer == 0:
-            update = update + path_update(heads.path_weight, path_embeddings, head)
-        states = states + functional.silu(update)
-    # [output_size]; a common map serves every head
-    token_map = None
-    if heads.token_map is not None:
-        token_map = heads.token_map[min(index, spec.num_token_maps - 1)]
-    logits = _logits(heads, index, states, token_map, apply_lm_head)
-    tokens = torch.empty(hidden.shape[0], 1, num_top, dtype=torch.int64, device=logits.device)
-    log_probs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
-    token_map = None if token_map is None else token_map[None]
-    top_tokens(tokens, log_probs, logits[:, None], token_map=token_map)
-    return tokens[:, 0], log_probs[:, 0]
-
-
-def _logits(
-    heads: MedusaHeads,
-    index: int,
-    states: torch.Tensor,
-    token_map: torch.Tensor | None,
-    apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> torch.Tensor:
-    # -> [n, output_size]
-    if heads.lm_head is not None:
-        if heads.lm_head_down is not None:
-            states = functional.linear(states, heads.lm_head_down[index])
-        return functional.linear(states, heads.lm_head[min(index, heads.spec.num_lm_heads - 1)])
-    if apply_lm_head is None:
-        raise ValueError("apply_lm_head: found None, but these heads have no lm_head of their own")
-    logits = apply_lm_head(states)
-    return logits if token_map is None else logits[:, token_map]
+        columns = torch.full((len(parents), num_top), -1, dtype=torch.int32)
+        for row in rows:
+            columns[parents.index(tree.parents[row]), tree.ranks[row]] = row - 1
+        # [num_parents, depth] int64: columns from the root, which has none (-1), to the parent
+        paths = [[row - 1 for row in tree.path_to(parent)] for parent in parents]
+        self.paths = torch.tensor(paths, device=device)
+        # [num_parents, depth] int64: places in `paths` itself
+        self.places = torch.arange(self.paths.numel(), device=device).view(self.paths.shape)
+        # [num_parents, num_top] int32: a child's column; -1 where the tree has none of that rank
+        self.columns = columns.to(device)

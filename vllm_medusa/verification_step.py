@@ -1,9 +1,11 @@
-"""Everything after the forward pass of a pure verification batch, as one CUDA graph.
+"""Everything after the forward pass, as one CUDA graph.
 
 At batch 1 the GPU needs about 0.3 ms for it, but some 60 launches from Python took 2.5 ms
-on an H100's host; replaying them costs the host about 20 us.  Batches that the graph
-does not cover (prefill, logprobs, logits processors, cut trees) run launch by launch
-through vLLM's own ``sample`` / ``postprocess_sampled`` / ``propose``, with equal results.
+on an H100's host; replaying them costs the host about 20 us.  The graph verifies trees of equal
+size.  Where a step is something else (a prefill, trees cut differently) its rows are laid out as
+such trees first.  Steps that need more than a draw (logprobs, logits processors, grammars) run
+launch by launch through vLLM's own ``sample`` / ``postprocess_sampled`` / ``propose``, with equal
+results.
 """
 
 from __future__ import annotations
@@ -67,6 +69,10 @@ class VerificationStep:
     ----------
     simple : numpy.ndarray, [max_num_reqs] bool
         Requests that :func:`needs_only_temperature`.
+    hidden_states : torch.Tensor or None, [num_tokens, hidden_size]
+        Where the graphs read the forward pass's output; None without graphs.
+    next_nodes : int
+        Nodes of the step after this one, as the scheduler announced them.
     """
 
     def __init__(self, runner: Any):
@@ -76,6 +82,7 @@ class VerificationStep:
         max_num_reqs, device = runner.max_num_reqs, runner.device
         self.simple = np.zeros(max_num_reqs, dtype=bool)
         self.hidden_states: torch.Tensor | None = None
+        self.next_nodes = self.tree_batch.tree.num_nodes
         # Batch row -> request slot; negative rows are the padding of a graph's size.
         self.slots = torch.full((max_num_reqs,), -1, dtype=torch.int64, device=device)
         self.cu_rows = {
@@ -121,30 +128,39 @@ class VerificationStep:
             None: nothing was done.  Otherwise ``tree_batch.drafts`` holds the next
             drafts, and requests and KV cache are already advanced.
         """
-        found = self._find(hidden_states, input_batch)
+        if self.hidden_states is None or not self.simple[input_batch.idx_mapping_np].all():
+            return None
+        num_reqs, rows = input_batch.num_reqs, self._equal_rows(input_batch)
+        # Only a replayed forward pass leaves its output where the graph reads it.
+        is_laid_out = rows is not None and self._is_static(hidden_states)
+        if is_laid_out:
+            found = self._graph(num_reqs, rows)
+        else:
+            found = self._smallest_graph(input_batch)
         if found is None:
             return None
-        padded_reqs, replay = found
-        num_reqs = input_batch.num_reqs
+        padded_reqs, rows, replay = found
         self.slots[:num_reqs].copy_(input_batch.idx_mapping)
         if num_reqs < padded_reqs:
             self.slots[num_reqs:padded_reqs].fill_(-1)
+        missing = None if is_laid_out else self._lay_out(hidden_states, input_batch, rows)
         replay()
         self.tree_batch.drafts = self.drafts[:num_reqs]
         # The next replay overwrites the output while vLLM may still copy it to the host.
         used = self.output[: padded_reqs * (self.width + 1)].clone()
         tokens, counts = self._views(used, padded_reqs)
+        num_rejected = counts[1, :num_reqs]
         return SamplerOutput(
             sampled_token_ids=tokens[:num_reqs],
             logprobs_tensors=None,
             num_nans=None,
             num_sampled=counts[0, :num_reqs],
-            num_rejected=counts[1, :num_reqs],
+            num_rejected=num_rejected if missing is None else (num_rejected - missing).clamp_(0),
             sampling_mask_tensors=None,
         )
 
     def _equal_rows(self, input_batch: InputBatch) -> int | None:
-        """Rows of every request, if all verify trees of one size and none needs a processor."""
+        """Rows of every request, if all verify trees of one size and do nothing else."""
         drafts = input_batch.num_draft_tokens_per_req
         if drafts is None or input_batch.num_draft_tokens == 0:
             return None
@@ -153,39 +169,77 @@ class VerificationStep:
             rows in self.cu_rows
             and input_batch.num_tokens == input_batch.num_reqs * rows
             and bool((drafts == rows - 1).all())
-            and bool(self.simple[input_batch.idx_mapping_np].all())
         )
         return rows if covered else None
 
-    def _find(
-        self, hidden_states: torch.Tensor, input_batch: InputBatch
-    ) -> tuple[int, Callable[[], None]] | None:
-        """Padded size and replay of the graph for this batch."""
+    def _is_static(self, hidden_states: torch.Tensor) -> bool:
+        return hidden_states.data_ptr() == self.hidden_states.data_ptr()
+
+    def _graph(self, num_reqs: int, rows: int) -> tuple[int, int, Callable[[], None]] | None:
+        """Padded size, rows and replay of the graph for so many trees of so many rows."""
         manager = self.runner.speculator.step_graphs
-        # Only a replayed forward pass leaves its output where the graph reads it.
-        static = self.hidden_states
-        if (
-            manager is None
-            or static is None
-            or hidden_states.data_ptr() != static.data_ptr()
-            or (rows := self._equal_rows(input_batch)) is None
-        ):
+        if manager is None:
             return None
-        desc = manager.dispatch(input_batch.num_reqs, input_batch.num_reqs * rows, rows, 0)
+        desc = manager.dispatch(num_reqs, num_reqs * rows, rows, 0)
         if desc.cg_mode != CUDAGraphMode.FULL:
             return None
-        return desc.num_reqs, lambda: manager.run_fullgraph(desc)
+        return desc.num_reqs, rows, lambda: manager.run_fullgraph(desc)
+
+    def _smallest_graph(
+        self, input_batch: InputBatch
+    ) -> tuple[int, int, Callable[[], None]] | None:
+        """The graph with fewest rows that every request's rows fit into."""
+        # Before plain steps nothing is drafted, and vLLM's own sampler is all that is left.
+        if self.next_nodes == 0:
+            return None
+        most = int(np.diff(input_batch.cu_num_logits_np).max())
+        fitting = (rows for rows in sorted(self.cu_rows) if rows >= most)
+        graphs = (self._graph(input_batch.num_reqs, rows) for rows in fitting)
+        return next((graph for graph in graphs if graph is not None), None)
+
+    def _lay_out(
+        self, hidden_states: torch.Tensor, input_batch: InputBatch, rows: int
+    ) -> torch.Tensor:
+        """Place the batch's rows of logits as trees of ``rows`` rows where the graph reads them.
+
+        A prompt's last row becomes the root of a tree without nodes; missing rows repeat the
+        request's last one and hold no token, so that the walk ends above them.
+
+        Returns
+        -------
+        torch.Tensor, [num_reqs] int32
+            Rows that each request misses.
+        """
+        runner, num_reqs = self.runner, input_batch.num_reqs
+        buffers, end = runner.input_buffers, num_reqs * rows
+        cu_rows, starts = input_batch.cu_num_logits, input_batch.query_start_loc
+        slots, cu_rows = input_batch.idx_mapping, cu_rows[: num_reqs + 1]
+        # [R, rows]: place among the rows of logits
+        places = cu_rows[:-1, None] + torch.arange(rows, device=cu_rows.device)
+        is_row = places < cu_rows[1:, None]
+        source = input_batch.logits_indices[torch.minimum(places, cu_rows[1:, None] - 1)].flatten()
+        self.hidden_states[:end].copy_(hidden_states[source])
+        buffers.positions[:end].copy_(buffers.positions[source])
+        tokens = buffers.input_ids[source].masked_fill_(~is_row.flatten(), -1)
+        buffers.input_ids[:end].copy_(tokens)
+        # The walk counts a tree's rows as the query. Those before them are computed too, and
+        # missing ones are not: it takes them for rejected unless all lie inside the prompt.
+        own_rows = cu_rows[1:] - cu_rows[:-1]
+        queries = starts[1 : num_reqs + 1] - starts[:num_reqs]
+        in_prompt = input_batch.seq_lens[:num_reqs] < self.prefill_len[slots]
+        counted = torch.where(in_prompt, rows, own_rows)
+        runner.req_states.num_computed_tokens.gpu.index_add_(0, slots, queries - counted)
+        return rows - own_rows
 
     def replay_dummy(self, num_reqs: int, rows: int) -> bool:
         """Replay the graph of a batch of padding only, to time it; False where there is none."""
-        manager = self.runner.speculator.step_graphs
-        if manager is None or self.hidden_states is None or rows not in self.cu_rows:
+        if self.hidden_states is None or rows not in self.cu_rows:
             return False
-        desc = manager.dispatch(num_reqs, num_reqs * rows, rows, 0)
-        if desc.cg_mode != CUDAGraphMode.FULL:
+        found = self._graph(num_reqs, rows)
+        if found is None:
             return False
         self.slots.fill_(-1)
-        manager.run_fullgraph(desc)
+        found[2]()
         return True
 
     def capture(self, manager: CudaGraphManager) -> None:

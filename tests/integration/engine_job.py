@@ -74,40 +74,61 @@ def record_launches() -> dict[str, list]:
     return seen
 
 
+def count_laid_out_steps() -> list[int]:
+    """Note from now on the sizes of batches whose rows are laid out as trees for a graph."""
+    from vllm_medusa.verification_step import VerificationStep
+
+    laid_out, lay_out = [], VerificationStep._lay_out
+
+    def noting(self, hidden_states, input_batch, rows):
+        laid_out.append(input_batch.num_reqs)
+        return lay_out(self, hidden_states, input_batch, rows)
+
+    VerificationStep._lay_out = noting
+    return laid_out
+
+
 def count_whole_steps(padding: int = 2) -> list[int]:
     """Take the route of the verification graphs, eagerly and padded like a graph's size.
 
     As a graph does, every step reads the tensors that were there at the first one.
     """
-    import torch
-
     from vllm_medusa.verification_step import VerificationStep
 
     sizes, captured = [], {}
+    try_run = VerificationStep.try_run
 
-    def run(self, hidden_states, size, rows):
+    def run(self, size, rows):
         owners = (self.runner.req_states, self.runner.sampler.sampling_states)
         moving = [t for owner in owners for t in vars(owner).values() if hasattr(t, "gpu")]
         current = [tensor.gpu for tensor in moving]
         for tensor in moving:
             tensor.gpu = captured.setdefault(id(tensor), tensor.gpu)
-        self.compute(hidden_states, size, rows)
+        self.compute(self.hidden_states, size, rows)
         for tensor, gpu in zip(moving, current, strict=True):
             tensor.gpu = gpu
 
-    def find(self, hidden_states, input_batch):
-        rows = self._equal_rows(input_batch)
-        if rows is None:
-            return None
-        most = min(self.runner.max_num_reqs, self.runner.max_num_tokens // rows)
-        size = min(input_batch.num_reqs + padding, most)
-        width = hidden_states.shape[1]
-        zeros = hidden_states.new_zeros(size * rows - hidden_states.shape[0], width)
-        padded = torch.cat([hidden_states, zeros])
-        sizes.append(size)
-        return size, lambda: run(self, padded, size, rows)
+    def trying(self, hidden_states, input_batch):
+        if self.hidden_states is None:
+            shape = self.runner.max_num_tokens, hidden_states.shape[1]
+            self.hidden_states = hidden_states.new_zeros(shape)
+        return try_run(self, hidden_states, input_batch)
 
-    VerificationStep._find = find
+    def is_static(self, hidden_states):
+        self.hidden_states[: hidden_states.shape[0]] = hidden_states
+        return True
+
+    def graph(self, num_reqs, rows):
+        most = min(self.runner.max_num_reqs, self.runner.max_num_tokens // rows)
+        if num_reqs > most:
+            return None
+        size = min(num_reqs + padding, most)
+        sizes.append(size)
+        return size, rows, lambda: run(self, size, rows)
+
+    VerificationStep.try_run = trying
+    VerificationStep._is_static = is_static
+    VerificationStep._graph = graph
     return sizes
 
 
@@ -238,6 +259,7 @@ def main() -> None:
     if job.get("break"):
         break_something(job["break"])
     whole_steps = count_whole_steps() if job.get("whole_steps") else []
+    laid_out = count_laid_out_steps()
     mixed_steps = count_mixed_steps() if job.get("count_mixed_steps") else []
     row_products = count_row_products() if job.get("count_row_products") else {}
     launches = record_launches() if job.get("record_launches") else {}
@@ -270,6 +292,7 @@ def main() -> None:
                     for kernel, arguments in launches.items()
                 },
                 "whole_steps": len(whole_steps),
+                "laid_out_steps": len(laid_out),
                 "mixed_steps": len(mixed_steps),
                 "row_products": row_products,
                 "distinct_trees": distinct_trees(runner),

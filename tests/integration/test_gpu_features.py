@@ -103,6 +103,26 @@ def asleep(model, run_series) -> dict:
     return result
 
 
+def test_prompts_between_trees_take_the_graph(model, run_job):
+    """Requests come and go: every step's rest is one graph, and says what plain decoding says."""
+    prompts = traffic.prompts(24, seed=4, high=64)
+    params = traffic.sampling("greedy", 24, max_tokens=40)
+    params = [one | {"max_tokens": 16 + i} for i, one in enumerate(params)]
+    engine = {"model": model["model"], **ENGINE, "max_num_batched_tokens": 128}
+    named = [{"prompts": prompts, "sampling": [one | {"logprobs": 2} for one in params]}]
+    plain = run_job(engine, named)
+    found = run_job(
+        engine | speculation(model["heads"]), [{"prompts": prompts, "sampling": params}]
+    )
+    first_choices = [
+        [row | {"token_ids": row["token_ids"][0]} for row in result["batches"][0]]
+        for result in (plain, found)
+    ]
+    assert_alike(*first_choices)
+    assert found["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert found["laid_out_steps"] >= 4
+
+
 def test_sleep_keeps_target_and_heads(asleep):
     """Same tokens after each sleep, and as many drafts accepted: the heads are there again."""
     first, *others = asleep["batches"]

@@ -143,6 +143,8 @@ def test_step_of_the_verification_graphs_equals_stock(
     result = run_job(engine, batches[:3] + seeded_batches[:2], whole_steps=True)
     assert token_ids(result) == token_ids(plain)[:3] + token_ids(plain_v2)[:2]
     assert result["whole_steps"] > 50
+    # Prompts whole and in chunks, alone and beside trees.
+    assert 3 <= result["laid_out_steps"] < result["whole_steps"]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,11 @@ from triton.compiler import ASTSource
 from vllm_medusa.triton_kernels import (
     attention_kernels,
     draft,
+    draft_tokens,
     kv_compaction,
     lookup,
     scatter,
+    sequential,
     tree_choice,
     walk,
 )
@@ -70,6 +72,14 @@ WALK = dict.fromkeys(LONG, "*i64") | dict.fromkeys(SHORT, "*i32")
 WALK |= {"out_hidden": "*bf16", "hidden_states": "*bf16"}
 DRAFT = {"out": "*i64", "counters": "*i32", "maxima": "*i32", "logits": "*bf16",
          "node_columns": "*i64"}  # fmt: skip
+TOP = {"tokens": "*i64", "log_probs": "*fp32", "counters": "*i32", "maxima": "*i32",
+       "sums": "*fp32", "picks": "*i32", "logits": "*bf16", "weights": "*fp32",
+       "token_map": "*i64", "columns": "*i32"}  # fmt: skip
+RANKS = {"NUM_TOP": 12, "MAX_TOP": 128, "GROUP": 128, "GROUPS_PER_PROGRAM": 32, "PADDED_TOP": 16,
+         "PADDED_GROUPS": 256, "PADDED_CHUNKS": 8}  # fmt: skip
+PATHS = dict.fromkeys(("out", "hidden", "embeddings"), "*bf16")
+PATHS |= dict.fromkeys(("tokens", "root_tokens", "paths"), "*i64")
+UPDATE = dict.fromkeys(("out", "states", "update", "bias"), "*bf16")
 CHOICE = dict.fromkeys(("out", "masks", "tokens", "slots", "fixed_masks", "chain_tokens"), "*i64")
 CHOICE |= dict.fromkeys(("log_probs", "chain_costs"), "*fp32")
 CHOICE |= dict.fromkeys(
@@ -115,6 +125,21 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
         {"token_map": None, "NUM_HEADS": 5, "NUM_NODES": 63, "NUM_TOP": 10, "GROUP": 128,
          "GROUPS_PER_PROGRAM": 32, "PADDED_NODES": 64, "PADDED_TOP": 16, "PADDED_GROUPS": 256},
         4,
+    ),
+    "top tokens": (
+        draft_tokens._top_tokens_kernel, TOP, RANKS | {"token_map": None, "columns": None}, 4
+    ),
+    "top tokens in columns": (
+        draft_tokens._top_tokens_kernel, TOP, RANKS | {"weights": None}, 4
+    ),
+    "paths of sequential heads": (
+        sequential._embed_paths_kernel, PATHS, {"SIZE": 4096, "PADDED_SIZE": 4096}, 8
+    ),
+    "update of sequential heads": (
+        sequential._add_update_kernel, UPDATE, {"SIZE": 4096, "BLOCK": 1024}, 4
+    ),
+    "update without a bias": (
+        sequential._add_update_kernel, UPDATE, {"SIZE": 576, "BLOCK": 1024, "bias": None}, 4
     ),
     "chosen tree": (
         tree_choice._best_tree_kernel, CHOICE,

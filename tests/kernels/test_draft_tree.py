@@ -282,6 +282,51 @@ def test_a_certain_token_costs_nothing(device):
     assert log_probs.tolist() == [[[0.0, -1000.0]]]
 
 
+def run_in_columns(launcher, logits, columns, width, device, **options):
+    """Tables of a batch whose ranks go to columns; all else must stay as it was."""
+    shape = (logits.shape[0] + 1, width)
+    tokens = torch.full(shape, POISON, dtype=torch.int64, device=device)
+    log_probs = torch.full(shape, float(POISON), device=device)
+    placed = torch.tensor(columns, dtype=torch.int32, device=device)
+    options = {name: option.to(device) for name, option in options.items()}
+    launcher(tokens, log_probs, logits.to(device), columns=placed, **options)
+    assert (tokens[-1] == POISON).all()
+    assert (log_probs[-1] == POISON).all()
+    return tokens[:-1].cpu(), log_probs[:-1].cpu()
+
+
+# name -> columns of every head's ranks, labelled by the edge they hit
+COLUMNS = {
+    "one rank of one head": [[0]],
+    "in order": [[0, 1, 2], [3, 4, 5]],
+    "backwards, with gaps": [[9, -1, 2], [-1, 7, 0], [5, 4, -1]],
+    "a head without nodes": [[1, 2], [-1, -1]],
+    "nothing": [[-1, -1, -1]],
+    "the last column of five heads": [[-1, -1, -1, 9], *([[-1] * 4] * 4)],
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("num_reqs", [1, 3])
+@pytest.mark.parametrize("mapped", [False, True], ids=["all ids", "map"])
+def test_ranks_in_columns(device, name, num_reqs, mapped):
+    columns, width = COLUMNS[name], 10
+    generator = torch.Generator().manual_seed(len(name))
+    logits = torch.randn(num_reqs, len(columns), 300, generator=generator)
+    options = {"token_map": torch.randperm(900, generator=generator)[None, :300]} if mapped else {}
+    plain = run_top_tokens(top_tokens, logits, len(columns[0]), device, **options)
+    want = [torch.full((num_reqs, width), POISON), torch.full((num_reqs, width), float(POISON))]
+    for head, ranks in enumerate(columns):
+        for rank, column in enumerate(ranks):
+            for table, found in zip(want, plain, strict=True):
+                if column >= 0:
+                    table[:, column] = found[:, head, rank]
+    for launcher, place in ((top_tokens, device), (reference.top_tokens, "cpu")):
+        tokens, log_probs = run_in_columns(launcher, logits, columns, width, place, **options)
+        assert torch.equal(tokens, want[0])
+        torch.testing.assert_close(log_probs, want[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -296,6 +341,10 @@ def test_a_certain_token_costs_nothing(device):
         ("token_map", lambda a: a["token_map"][:, :9]),
         ("weights", lambda _: torch.ones(3)),
         ("workspace.sums", lambda a: a["workspace"]._replace(sums=torch.zeros(3))),
+        ("columns", lambda _: torch.zeros(2, 3, dtype=torch.int64)),
+        ("columns", lambda _: torch.zeros(1, 3, dtype=torch.int32)),
+        ("columns", lambda _: torch.zeros(2, 129, dtype=torch.int32)),
+        ("columns", lambda _: torch.zeros(3, 2, dtype=torch.int32).T),
     ],
 )
 @pytest.mark.parametrize("launcher", [top_tokens, reference.top_tokens], ids=["kernel", "twin"])
@@ -306,6 +355,22 @@ def test_bad_arguments_of_top_tokens_are_named(device, launcher, name, damage):
     good["log_probs"] = torch.zeros(2, 2, 3, device=device)
     with pytest.raises(ValueError, match=f"^{name}: found .*, expected "):
         launcher(**good | {name.partition(".")[0]: damage(good)})
+
+
+@pytest.mark.parametrize("launcher", [top_tokens, reference.top_tokens], ids=["kernel", "twin"])
+def test_tables_of_ranks_have_one_row_a_request(device, launcher):
+    """With columns the heads' own axis is gone."""
+    columns = [[0, 1, 2], [3, 4, 5]]
+    for shape, name in (((2, 2, 3), "tokens"), ((2, 6), None), ((1, 6), "tokens")):
+        tables = [torch.zeros(shape, dtype=dtype, device=device)
+                  for dtype in (torch.int64, torch.float32)]  # fmt: skip
+        placed = torch.tensor(columns, dtype=torch.int32, device=device)
+        arguments = (*tables, torch.zeros(2, 2, 300, device=device))
+        if name is None:
+            launcher(*arguments, columns=placed)
+            continue
+        with pytest.raises(ValueError, match=f"^{name}: found .*, expected "):
+            launcher(*arguments, columns=placed)
 
 
 @pytest.mark.parametrize("name", ["counters", "maxima"])

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_medusa.checkpoint import load_heads
-from vllm_medusa.training.base_model import compile_layers
+from vllm_medusa.training.base_model import compile_layers, has_compiled_layers, run_base
 from vllm_medusa.training.cli import (
     add_calibrate_parser,
     add_distill_parser,
@@ -109,6 +109,49 @@ def test_compiled_layers_feed_the_heads_the_same():
     # Not one a layer or shape; another where a batch holds one conversation.
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
     torch.testing.assert_close(compiled.hidden, plain.hidden)
+
+
+@pytest.mark.slow
+def test_batches_of_one_shape_compile_one_graph_of_that_shape():
+    # The compiler remembers which sizes differed before.
+    torch.compiler.reset()
+    ids = torch.arange(12).view(2, 6)
+    model = tiny_base.make_base(num_hidden_layers=5)
+    plain = run_base(model, ids)
+    compile_layers(model, dynamic=None)
+    counters.clear()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(run_base(model, ids), plain)
+        assert counters["stats"]["unique_graphs"] == 1
+        for length in (5, 4, 3):
+            torch.testing.assert_close(run_base(model, ids[:, :length]), plain[:, :length])
+    # Shapes that differ share one more.
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_where_compiling_fails_the_layers_run_uncompiled(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError("no C compiler\nat all")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
+    ids = torch.arange(12).view(2, 6)
+    model = tiny_base.make_base()
+    plain = run_base(model, ids)
+    assert has_compiled_layers(compile_layers(model))
+    with torch.no_grad():
+        assert torch.equal(run_base(model, ids), plain)
+    said = capsys.readouterr().out
+    assert said.startswith("compile_base: going on without, since compiling failed: ")
+    assert "no C compiler" in said and said.count("\n") == 1
+    assert not has_compiled_layers(model)
+
+
+def test_other_errors_of_a_compiled_base_are_not_swallowed():
+    model = compile_layers(tiny_base.make_base())
+    with pytest.raises((IndexError, RuntimeError), match="index"):
+        run_base(model, torch.full((1, 3), tiny_base.VOCAB))
+    assert has_compiled_layers(model)
 
 
 def test_a_model_without_named_layers_is_not_compiled():

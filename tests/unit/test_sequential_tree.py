@@ -14,6 +14,7 @@ from vllm_medusa.head_weights import HeadSpec
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.sequential_draft import ChosenSequentialDrafter, SequentialDrafter
+from vllm_medusa.sequential_heads import SequentialHeads
 from vllm_medusa.tree import TokenTree
 from vllm_medusa.tree_batch import TreeBatch
 
@@ -26,12 +27,16 @@ TOLERANCE = 1e-5
 class Inputs:
     """Random heads with a model's embeddings and lm_head, and some requests."""
 
-    def __init__(self, num_reqs: int):
+    def __init__(self, num_reqs: int, num_layers: int = 1, **fields):
         torch.manual_seed(1)
-        spec = HeadSpec(3, 1, SIZE, vocab_size=VOCAB, dtype=torch.float32, sequential=True)
-        self.heads = MedusaHeads(spec)
+        spec = HeadSpec(
+            3, num_layers, SIZE, vocab_size=VOCAB, dtype=torch.float32, sequential=True, **fields
+        )
+        self.heads = MedusaHeads(spec).requires_grad_(False)
         for parameter in self.heads.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
+        for token_map in () if self.heads.token_map is None else self.heads.token_map:
+            token_map.copy_(torch.randperm(VOCAB)[: len(token_map)])
         self.table, self.lm_head = torch.randn(VOCAB, SIZE), torch.randn(VOCAB, SIZE)
         self.hidden, self.roots = torch.randn(num_reqs, SIZE), torch.arange(num_reqs) % VOCAB
 
@@ -40,9 +45,12 @@ class Inputs:
         return (
             self.hidden,
             self.roots,
-            lambda ids: self.table[ids],
+            self.table,
             lambda states: functional.linear(states, self.lm_head),
         )
+
+    def drafter(self, tree: TokenTree = POOL, max_num_reqs: int = 300) -> SequentialDrafter:
+        return SequentialDrafter(SequentialHeads(self.heads.to_weights()), tree, max_num_reqs)
 
 
 def chosen(inputs: Inputs, slots: list[int], lookup: PromptLookup | None = None):
@@ -50,7 +58,7 @@ def chosen(inputs: Inputs, slots: list[int], lookup: PromptLookup | None = None)
     batch = TreeBatch(POOL, max(slots) + 1, torch.device("cpu"))
     for slot in range(1, max(slots) + 1):
         batch.keep_tree(slot, False)
-    drafter = SequentialDrafter(inputs.heads, POOL)
+    drafter = inputs.drafter()
     out = torch.full((len(slots), POOL.num_nodes), -7)
     ChosenSequentialDrafter(drafter, batch, lookup).draft(
         out, torch.tensor(slots), *inputs.arguments
@@ -68,7 +76,7 @@ def paths(batch: TreeBatch, slot: int, drafts: torch.Tensor) -> list[tuple[int, 
 
 def test_log_probabilities_are_the_heads_own_behind_the_path():
     inputs = Inputs(2)
-    tokens, log_probs = SequentialDrafter(inputs.heads, POOL).score(*inputs.arguments)
+    tokens, log_probs = inputs.drafter().score(*inputs.arguments)
     tokens, log_probs = tokens.flatten(1), log_probs.flatten(1)
     for node, path in enumerate(POOL.paths):
         above = [POOL.paths.index(path[:d]) for d in range(1, len(path))]
@@ -115,17 +123,71 @@ def test_history_takes_the_place_of_unlikely_nodes():
     assert batch.parents[0].tolist() == list(POOL.parents)
 
 
+KINDS = {
+    "shared lm_head": {},
+    "three blocks with biases": {"bias": True, "num_layers": 3},
+    "shared lm_head, subset": {"vocab_subset_size": 20},
+    "shared lm_head, a subset each": {"vocab_subset_size": 20, "vocab_subset_per_head": True},
+    "common lm_head": {"own_lm_head": True, "common_lm_head": True, "vocab_subset_size": 20},
+    "own lm_heads": {"own_lm_head": True},
+    "low-rank lm_heads": {"own_lm_head": True, "lm_head_rank": 5},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("looked_up", [False, True], ids=["table", "lookup"])
+def test_every_kind_drafts_what_its_heads_rank_first(name, looked_up):
+    """Tokens of all nodes by the modules that train and rank the heads, path by path."""
+    inputs = Inputs(2, **KINDS[name])
+    hidden, roots, table, apply_lm_head = inputs.arguments
+    embeddings = (lambda ids: table[ids]) if looked_up else table
+    drafts = torch.full((2, POOL.num_nodes), -7)
+    inputs.drafter().draft(drafts, hidden, roots, embeddings, apply_lm_head)
+    for node, path in enumerate(POOL.paths):
+        above = [POOL.paths.index(path[:d]) for d in range(1, len(path))]
+        embedded = torch.zeros(2, 3, SIZE)
+        embedded[:, : len(path)] = table[torch.cat([roots[:, None], drafts[:, above]], 1)]
+        top = inputs.heads.top_tokens(hidden, path[-1] + 1, apply_lm_head, embedded)
+        assert drafts[:, node].tolist() == top[:, len(path) - 1, path[-1]].tolist()
+
+
+def test_first_layers_of_heads_are_not_held_twice():
+    heads = Inputs(1, bias=True, num_layers=3, own_lm_head=True, common_lm_head=True).heads
+    packed = SequentialHeads(heads.to_weights())
+    counts = [sum(p.numel() for p in module.parameters()) for module in (heads, packed)]
+    assert counts[0] == counts[1] == heads.spec.num_parameters
+
+
+def test_independent_heads_are_refused():
+    weights = MedusaHeads(HeadSpec(3, 1, SIZE, vocab_size=VOCAB)).to_weights()
+    with pytest.raises(ValueError, match="heads: found independent heads"):
+        SequentialHeads(weights)
+
+
+def test_a_missing_lm_head_is_named():
+    inputs = Inputs(1)
+    with pytest.raises(ValueError, match="apply_lm_head: found None"):
+        inputs.drafter().score(*inputs.arguments[:3])
+
+
 @pytest.mark.parametrize("num_reqs", [1, 64, 300])
 def test_large_batches_draft_only_nodes_that_they_can_afford(num_reqs):
     inputs = Inputs(num_reqs)
-    drafter = SequentialDrafter(inputs.heads, POOL)
-    drafts = drafter.draft(*inputs.arguments)
+    drafter = inputs.drafter()
+    drafts = torch.full((num_reqs, POOL.num_nodes), -7)
+    drafter.draft(drafts, *inputs.arguments)
     _, log_probs = drafter.score(*inputs.arguments)
     nodes = {1: 9, 64: 7, 300: 1}[num_reqs]
     is_drafted = log_probs.flatten(1)[:, :9] > float("-inf")
     assert is_drafted.sum(1).tolist() == [nodes] * num_reqs and is_drafted[:, :nodes].all()
     assert ((drafts >= 0) & (drafts < VOCAB)).all()
-    whole = SequentialDrafter(inputs.heads, POOL.cut(nodes)).draft(*inputs.arguments)
+    again = torch.full_like(drafts, -7)
+    drafter.draft(again[:1], *(a[:1] for a in inputs.arguments[:2]), *inputs.arguments[2:])
+    # What one request drafted into the tables of another size is not seen later.
+    drafter.draft(again, *inputs.arguments)
+    assert torch.equal(again, drafts)
+    whole = torch.full((num_reqs, nodes), -7)
+    inputs.drafter(POOL.cut(nodes)).draft(whole, *inputs.arguments)
     assert torch.equal(drafts[:, :nodes], whole)
     _, batch, out = chosen(inputs, list(range(1, num_reqs + 1)))
     assert ((out >= 0) & (out < VOCAB)).all()

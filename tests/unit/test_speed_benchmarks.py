@@ -157,6 +157,18 @@ def test_who_wins_where(tmp_path, monkeypatch):
     assert "| 8 | tree | 9.0 | 0.90" in text and "Not measured: suffix: absent." in text
 
 
+@pytest.mark.parametrize(
+    ("named", "shown"),
+    [({}, "finite batch"), ({"load": "finite batch"}, "finite batch"),
+     ({"load": "closed loop"}, "closed loop")],
+    ids=["of old", "finite", "closed"],
+)  # fmt: skip
+def test_tables_name_the_load(tmp_path, monkeypatch, named, shown):
+    record = named | {"order": "o", "cells": [compared("tree", 1, 2.0, [])]}
+    text = section("compare_section", record, tmp_path, monkeypatch)
+    assert f"first turns of MT-Bench, {shown}, at most 8 tokens" in text
+
+
 def test_table_of_widths(tmp_path, monkeypatch):
     widths = {"adaptive": 19.0, "0": 10.0, "7": 20.0}
     cell = {

@@ -170,6 +170,7 @@ def test_records_and_tables_say_that_it_is_synthetic(tmp_path, monkeypatch):
     path.write_text(json.dumps(document | {"results": [result], "provenance": made}))
     text = report.serving_section(path)
     assert text.startswith("**SYNTHETIC acceptance, M on a GPU**")
+    assert "2 turn(s), closed loop, at most 256 tokens" in text
     assert "(3.47 tokens per step with 63 nodes by `benchmarks/synthetic_profile.py`)" in text
     monkeypatch.setattr(sys, "argv", [*arguments, "--tree", "T"])
     with pytest.raises(SystemExit):

@@ -73,27 +73,72 @@ def load_heads_for(model: Any, path: str | Path) -> HeadWeights:
     return load_heads(path, vocab_size=vocab_size, hidden_size=hidden_size, dtype=model.dtype)
 
 
-def compile_layers(model: Any) -> Any:
+def compile_layers(model: Any, dynamic: bool | None = True) -> Any:
     """Compile every decoder layer of a transformers model in place, and return the model.
 
     Norms, rotations and activations become a few kernels; without that they take longer than the
-    products of a narrow model. All layers share one compiled graph, for any batch and length.
+    products of a narrow model. All layers share one compiled graph; :func:`run_base` goes on
+    without it where compiling fails.
 
     Parameters
     ----------
     model
         A transformers model whose weights are not trained.
+    dynamic : bool, optional
+        True: one graph for any batch and length, where every batch has a shape of its own.
+        None: the first shape gets a graph of its own, which compiles faster and is all that is
+        needed where no other shape comes; any other makes one for all shapes.
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers = _named_layers(model)
     if not layers:
         raise ValueError(
             f"compile_base: {type(model).__name__} does not name the class of its layers; use "
             "compile_base false"
         )
     for layer in layers:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=dynamic)
     return model
+
+
+def has_compiled_layers(model: Any) -> bool:
+    """Whether :func:`compile_layers` was called and compiling has not failed since."""
+    return any(layer._compiled_call_impl is not None for layer in _named_layers(model))
+
+
+def _named_layers(model: Any) -> list[Any]:
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def run_base(
+    model: Any,
+    # [conversations, length] int64
+    input_ids: torch.Tensor,
+) -> torch.Tensor:
+    """[conversations, length, hidden] that the lm_head is fed; the lm_head itself is not run.
+
+    Padding is on the right and attention causal, so no mask is needed: real tokens never see the
+    padding, and its outputs are not to be read.
+    """
+
+    def run() -> torch.Tensor:
+        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    try:
+        return run()
+    except RuntimeError as error:
+        # Here, since its import takes seconds.
+        from torch._dynamo.exc import TorchDynamoException
+
+        if not (isinstance(error, TorchDynamoException) and has_compiled_layers(model)):
+            raise
+        # "backend='inductor' raised:", then the error and much advice.
+        reason = " ".join(str(error).split("\n")[:2])
+        print(f"compile_base: going on without, since compiling failed: {reason}", flush=True)
+        for layer in _named_layers(model):
+            # There is no public opposite of Module.compile.
+            layer._compiled_call_impl = None
+        return run()
 
 
 def lm_head_weight(model: Any) -> torch.Tensor:

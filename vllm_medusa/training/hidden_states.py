@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_medusa.training.base_model import run_base
 from vllm_medusa.training.conversations import ConversationSet
 from vllm_medusa.training.loss import IGNORE
 from vllm_medusa.training.progress import progress_bar
@@ -144,7 +145,7 @@ def extract_hidden_states(
     store_device : device, optional
         Where the rows are kept; the model's device by default. One row takes 2 * hidden bytes.
     """
-    body, device = model.base_model, next(model.parameters()).device
+    device = next(model.parameters()).device
     store = torch.device(store_device) if store_device is not None else device
     tables = label_tables(conversations, num_heads)
     offsets = row_offsets(tables)
@@ -156,9 +157,7 @@ def extract_hidden_states(
             ids = torch.zeros(len(members), int(lengths[members].max()), dtype=torch.long)
             for row, i in enumerate(members):
                 ids[row, : lengths[i]] = torch.from_numpy(conversations.tokens(i).astype(np.int64))
-            # Padding is on the right and attention causal, so no mask is needed: real tokens
-            # never see the padding, and its outputs are not read.
-            states = body(input_ids=ids.to(device), use_cache=False).last_hidden_state
+            states = run_base(model, ids.to(device))
             source = np.concatenate([row * ids.shape[1] + tables[i][0]
                                      for row, i in enumerate(members)])  # fmt: skip
             target = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in members])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vllm_medusa.training.base_model import compile_layers
+from vllm_medusa.training.base_model import compile_layers, run_base
 from vllm_medusa.training.joint_config import JointConfig
 from vllm_medusa.training.joint_loss import chunked_mean, cross_entropy, divergence
 from vllm_medusa.training.loss import medusa_one_loss
@@ -49,7 +49,7 @@ class JointModel(nn.Module):
             base.gradient_checkpointing_enable({"use_reentrant": False})
             # Checkpointed blocks need an input with a gradient; the frozen embeddings give none.
             base.enable_input_require_grads()
-        self.base = compile_layers(base) if config.compile_base else base
+        self.base = compile_layers(base, dynamic=None) if config.compile_base else base
         self.heads = heads
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -95,9 +95,8 @@ class JointModel(nn.Module):
         return JointLoss(total, language_model.detach(), head_losses.detach())
 
     def _hidden(self, input_ids: Tensor, rows: Tensor) -> Tensor:
-        # [rows, hidden]. Padding is on the right and attention causal: no mask is needed.
-        states = self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return states.flatten(0, 1)[rows]
+        # [rows, hidden]
+        return run_base(self.base, input_ids).flatten(0, 1)[rows]
 
     def _head_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -1,0 +1,109 @@
+"""Sequential heads as they draft: one product for all that a head's first layer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from vllm_medusa.head_weights import HeadWeights
+from vllm_medusa.heads_path import head_rows
+from vllm_medusa.kernels import add_update
+
+
+class SequentialHeads(nn.Module):
+    """The weights of a checkpoint, those of each first layer side by side.
+
+    Head k reads ``1 + k`` vectors, the hidden state and k embeddings.  With its block's matrix and
+    the path's in one row the layer is a single product, so nothing is added up afterwards.
+
+    Parameters
+    ----------
+    weights : HeadWeights
+        Of sequential heads.
+    device
+        Where these weights live.
+
+    Raises
+    ------
+    ValueError
+        The heads are independent.
+    """
+
+    def __init__(self, weights: HeadWeights, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        spec = self.spec = weights.spec
+        if not spec.sequential:
+            raise ValueError("heads: found independent heads; draft them with top_tokens")
+
+        def copy(tensor: torch.Tensor | None) -> nn.Parameter | None:
+            if tensor is None:
+                return None
+            return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=False)
+
+        # Head -> [hidden_size, (1 + head) * hidden_size]
+        self.first_weights = nn.ParameterList()
+        for head in range(1, spec.num_heads + 1):
+            parts = [weights.weight[0, head - 1], *weights.path_weight[head_rows(head)]]
+            self.first_weights.append(copy(torch.cat(parts, dim=1)))
+        # [num_layers - 1, num_heads, hidden_size, hidden_size]: of the layers behind the first
+        self.weight = copy(weights.weight[1:])
+        # [num_layers, num_heads, hidden_size]
+        self.bias = copy(weights.bias)
+        # [1 or num_heads, output_size, lm_head_width]
+        self.lm_head = copy(weights.lm_head)
+        # [n, lm_head_width] -> [n, output_size]: a faster product of a common lm_head
+        self.lm_head_product: Callable[[torch.Tensor], torch.Tensor] | None = None
+        # [num_heads, lm_head_rank, hidden_size]
+        self.lm_head_down = copy(weights.lm_head_down)
+        # [1 or num_heads, output_size] int64: head's vocabulary id -> base vocabulary id
+        self.register_buffer(
+            "token_map",
+            None if weights.token_map is None else weights.token_map.to(device, copy=True),
+        )
+
+    def map_of(self, head: int) -> torch.Tensor | None:
+        """[1, output_size] int64 of one head (from 1); a common map serves all."""
+        if self.token_map is None:
+            return None
+        index = min(head, self.spec.num_token_maps) - 1
+        return self.token_map[index : index + 1]
+
+    def logits(
+        self,
+        head: int,
+        # [n, 1 + head, hidden_size], spec.dtype: what `kernels.embed_paths` makes
+        inputs: torch.Tensor,
+        # [n, hidden_size] -> [n, vocab_size]; None for own lm_heads
+        apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Return logits [n, output_size] of one head (from 1) in the heads' vocabulary."""
+        states = self._states(head, inputs)
+        if self.lm_head is not None:
+            if self.lm_head_down is not None:
+                states = functional.linear(states, self.lm_head_down[head - 1])
+            if self.lm_head_product is not None:
+                return self.lm_head_product(states)
+            return functional.linear(states, self.lm_head[min(head, self.spec.num_lm_heads) - 1])
+        if apply_lm_head is None:
+            raise ValueError(
+                "apply_lm_head: found None, but these heads have no lm_head of their own; pass a "
+                "callable that applies the base's"
+            )
+        logits, token_map = apply_lm_head(states), self.map_of(head)
+        return logits if token_map is None else logits[:, token_map[0]]
+
+    def _states(self, head: int, inputs: torch.Tensor) -> torch.Tensor:
+        # -> [n, hidden_size]
+        states, update = inputs[:, 0], inputs.flatten(1)
+        for layer in range(self.spec.num_layers):
+            index = head - 1
+            weight = self.weight[layer - 1, index] if layer else self.first_weights[index]
+            bias = None if self.bias is None else self.bias[layer, index]
+            update = functional.linear(update if layer == 0 else states, weight)
+            out = torch.empty_like(update)
+            add_update(out, states, update, bias)
+            states = out
+        return states
