@@ -45,16 +45,18 @@ class Shape(NamedTuple):
     """A batch, and the model that it runs on."""
 
     batch: int
-    ids: int  # that the heads score
+    ids: int  # that the first head scores
+    later_ids: int  # that the others score
     hidden: int = 4096
     vocab: int = 128_256
 
     def __str__(self) -> str:
-        return f"bs{self.batch:<3} x{self.ids:<6} hidden{self.hidden:<4}"
+        return f"bs{self.batch:<3} x{self.ids}, x{self.later_ids} hidden{self.hidden}"
 
 
-SHAPES = [Shape(batch, ids) for ids in (32_064, 16_384) for batch in (1, 8, 32)]
-QUICK_SHAPES = [Shape(1, 32_064), Shape(1, 16_384)]
+SIZES = ((32_064, 16_032), (32_064, 32_064))
+SHAPES = [Shape(batch, *sizes) for batch in (1, 8, 32) for sizes in SIZES]
+QUICK_SHAPES = SHAPES[:2]
 
 
 class Draft:
@@ -75,7 +77,7 @@ class Draft:
         self.embeddings = torch.randn(shape.vocab, shape.hidden, device=DEVICE, dtype=dtype)
         self.hidden = torch.randn(shape.batch, shape.hidden, device=DEVICE, dtype=dtype)
         self.roots = torch.arange(shape.batch, device=DEVICE)
-        heads = SequentialHeads(self.heads.to_weights(), DEVICE)
+        heads = SequentialHeads(self.heads.to_weights(), DEVICE, shape.later_ids)
         self.drafter = SequentialDrafter(heads, self.tree, shape.batch)
         self.levels = self.drafter.levels_for(shape.batch)
         # Parents and ranks of each level's nodes.
@@ -84,6 +86,10 @@ class Draft:
     def score(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft all nodes."""
         return self.drafter.score(self.hidden, self.roots, self.embeddings)
+
+    def lm_head_of(self, head: int) -> torch.Tensor:
+        """Its rows of the common lm_head, heads counted from 1."""
+        return self.heads.lm_head[0, : self.drafter.heads.size_of(head)]
 
     def level_rows(self) -> list[int]:
         """Rows of the products of each level."""
@@ -105,7 +111,7 @@ class Draft:
                 if layer == 0:
                     update = update + path_update(self.heads.path_weight, path, head)
                 states = states + functional.silu(update)
-            logits = functional.linear(states, self.heads.lm_head[0])
+            logits = functional.linear(states, self.lm_head_of(head))
             top = logits.log_softmax(-1).topk(level.columns.shape[1])
             parents, ranks = self.children[head - 1]
             columns = level.columns[parents, ranks].long()
@@ -118,8 +124,9 @@ class Draft:
         spec = self.spec
         square = spec.hidden_size**2
         matrices = spec.num_heads * spec.num_layers + spec.num_path_weights
-        lm_head = spec.num_heads * spec.output_size * spec.hidden_size
-        return (matrices * square + lm_head) * spec.dtype.itemsize
+        heads = range(1, spec.num_heads + 1)
+        lm_heads = sum(self.lm_head_of(head).numel() for head in heads)
+        return (matrices * square + lm_heads) * spec.dtype.itemsize
 
 
 def launches(function: Callable[[], object]) -> list[dict[str, Any]]:
@@ -148,7 +155,7 @@ def launches(function: Callable[[], object]) -> list[dict[str, Any]]:
 def products(draft: Draft, repeats: int) -> list[dict[str, float]]:
     """Microseconds of each level's matrix products by themselves; for its rows."""
     spec = draft.spec
-    size, lm_head = spec.hidden_size, draft.heads.lm_head[0]
+    size = spec.hidden_size
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=DEVICE, dtype=spec.dtype) * DEVIATION
@@ -158,12 +165,13 @@ def products(draft: Draft, repeats: int) -> list[dict[str, float]]:
         parts = head + 1
         inputs, joined = random(rows, parts, size), random(size, parts * size)
         batched, turned = joined.view(parts, size, size), joined.view(parts * size, size)
+        lm_head = draft.lm_head_of(head)
         runs = {
             "block": lambda x=inputs, w=batched: functional.linear(x[:, 0], w[0]),
             "joined": lambda x=inputs, w=joined: functional.linear(x.flatten(1), w),
             "joined, transposed": lambda x=inputs, w=turned: x.flatten(1) @ w,
             "batched": lambda x=inputs, w=batched: torch.bmm(x.transpose(0, 1), w.transpose(1, 2)),
-            "lm_head": lambda x=inputs: functional.linear(x[:, 0], lm_head),
+            "lm_head": lambda x=inputs, w=lm_head: functional.linear(x[:, 0], w),
         }
         times = {name: time_gpu(run, repeats=repeats).median for name, run in runs.items()}
         found.append({"rows": rows, **times})

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_medusa.checkpoint import load_heads
-from vllm_medusa.draft_vocabulary import cut_lm_head
+from vllm_medusa.draft_vocabulary import cut_lm_head, later_size
 from vllm_medusa.dynamic_tree import DynamicDrafter
 from vllm_medusa.embedding_table import embedding_table
 from vllm_medusa.heads import MedusaHeads
@@ -105,8 +105,11 @@ class MedusaProposer(DraftModelSpeculator):
                     "sharded, quantised or has a bias",
                     size,
                 )
-            make = SequentialHeads if weights.spec.sequential else MedusaHeads.from_weights
-            heads = make(weights, self.device)
+            if weights.spec.sequential:
+                later = None if weights.lm_head is None else later_size(self.device.type, size)
+                heads = SequentialHeads(weights, self.device, later)
+            else:
+                heads = MedusaHeads.from_weights(weights, self.device)
         if self.device.type == "cpu":
             from vllm_medusa.cpu_linear import pack_lm_head
 

@@ -25,6 +25,8 @@ class SequentialHeads(nn.Module):
         Of sequential heads.
     device
         Where these weights live.
+    later_size : int, optional
+        Ids that heads behind the first score, the first of those that it scores; all if left out.
 
     Raises
     ------
@@ -32,8 +34,14 @@ class SequentialHeads(nn.Module):
         The heads are independent.
     """
 
-    def __init__(self, weights: HeadWeights, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        weights: HeadWeights,
+        device: torch.device | str | None = None,
+        later_size: int | None = None,
+    ) -> None:
         super().__init__()
+        self.later_size = later_size
         spec = self.spec = weights.spec
         if not spec.sequential:
             raise ValueError("heads: found independent heads; draft them with top_tokens")
@@ -64,12 +72,17 @@ class SequentialHeads(nn.Module):
             None if weights.token_map is None else weights.token_map.to(device, copy=True),
         )
 
+    def size_of(self, head: int) -> int:
+        """Ids that one head (from 1) scores."""
+        size = self.spec.output_size
+        return size if head == 1 or self.later_size is None else min(size, self.later_size)
+
     def map_of(self, head: int) -> torch.Tensor | None:
-        """[1, output_size] int64 of one head (from 1); a common map serves all."""
+        """[1, size_of(head)] int64 of one head (from 1); a common map serves all."""
         if self.token_map is None:
             return None
         index = min(head, self.spec.num_token_maps) - 1
-        return self.token_map[index : index + 1]
+        return self.token_map[index : index + 1, : self.size_of(head)]
 
     def logits(
         self,
@@ -79,31 +92,31 @@ class SequentialHeads(nn.Module):
         # [n, hidden_size] -> [n, vocab_size]; None for own lm_heads
         apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return logits [n, output_size] of one head (from 1) in the heads' vocabulary."""
+        """Return logits [n, size_of(head)] of one head (from 1) in the heads' vocabulary."""
         states = self._states(head, inputs)
         if self.lm_head is not None:
             if self.lm_head_down is not None:
                 states = functional.linear(states, self.lm_head_down[head - 1])
             if self.lm_head_product is not None:
-                return self.lm_head_product(states)
-            return functional.linear(states, self.lm_head[min(head, self.spec.num_lm_heads) - 1])
+                return self.lm_head_product(states)[:, : self.size_of(head)]
+            lm_head = self.lm_head[min(head, self.spec.num_lm_heads) - 1]
+            return functional.linear(states, lm_head[: self.size_of(head)])
         if apply_lm_head is None:
             raise ValueError(
                 "apply_lm_head: found None, but these heads have no lm_head of their own; pass a "
                 "callable that applies the base's"
             )
         logits, token_map = apply_lm_head(states), self.map_of(head)
-        return logits if token_map is None else logits[:, token_map[0]]
+        return logits[:, : self.size_of(head)] if token_map is None else logits[:, token_map[0]]
 
     def _states(self, head: int, inputs: torch.Tensor) -> torch.Tensor:
         # -> [n, hidden_size]
-        states, update = inputs[:, 0], inputs.flatten(1)
+        states, source, index = inputs[:, 0], inputs.flatten(1), head - 1
         for layer in range(self.spec.num_layers):
-            index = head - 1
             weight = self.weight[layer - 1, index] if layer else self.first_weights[index]
             bias = None if self.bias is None else self.bias[layer, index]
-            update = functional.linear(update if layer == 0 else states, weight)
-            out = torch.empty_like(update)
-            add_update(out, states, update, bias)
-            states = out
+            update = functional.linear(source, weight)
+            source = torch.empty_like(update)
+            add_update(source, states, update, bias)
+            states = source
         return states

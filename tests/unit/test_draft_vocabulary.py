@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_medusa.draft_vocabulary import LEAST_SIZE, cut_lm_head, default_size
+from vllm_medusa.draft_vocabulary import LEAST_SIZE, cut_lm_head, default_size, later_size
 from vllm_medusa.head_weights import HeadSpec, HeadWeights
 from vllm_medusa.heads import MedusaHeads
 
@@ -75,6 +75,20 @@ def test_nothing_is_cut(change):
 )
 def test_default_by_device(device, vocab, size):
     assert default_size(device, vocab) == size
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "later"),
+    [
+        ("cuda", 32064, 16032),
+        ("cuda", 253, 127),  # ranks of the largest tree
+        ("cuda", 127, 127),
+        ("cuda", None, None),
+        ("cpu", 12288, None),
+    ],
+)
+def test_later_sequential_heads_score_fewer_ids_on_a_gpu(device, size, later):
+    assert later_size(device, size) == later
 
 
 @pytest.mark.vllm

@@ -151,6 +151,29 @@ def test_every_kind_drafts_what_its_heads_rank_first(name, looked_up):
         assert drafts[:, node].tolist() == top[:, len(path) - 1, path[-1]].tolist()
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_later_heads_draft_from_the_first_of_the_ids(name):
+    """As heads of so many ids do, behind a first head that drafts as before."""
+    inputs, later_size = Inputs(2, **KINDS[name]), 7
+    weights = inputs.heads.to_weights()
+    drafter = SequentialDrafter(SequentialHeads(weights, later_size=later_size), POOL, 2)
+    whole, cut = (d.score(*inputs.arguments) for d in (inputs.drafter(), drafter))
+    for head in (2, 3):
+        token_map = drafter.heads.map_of(head)
+        ids = torch.arange(later_size) if token_map is None else token_map[0]
+        nodes = [node for node, path in enumerate(POOL.paths) if len(path) == head]
+        assert torch.isin(cut[0].flatten(1)[:, nodes], ids).all()
+        parts = torch.zeros(2, 1 + head, SIZE).normal_()
+        few, all_ids = (
+            d.heads.logits(head, parts, inputs.arguments[3]) for d in (drafter, inputs.drafter())
+        )
+        assert few.shape == (2, later_size)
+        torch.testing.assert_close(few, all_ids[:, :later_size])
+    first = [node for node, path in enumerate(POOL.paths) if len(path) == 1]
+    for table, other in zip(whole, cut, strict=True):
+        assert torch.equal(table.flatten(1)[:, first], other.flatten(1)[:, first])
+
+
 def test_first_layers_of_heads_are_not_held_twice():
     heads = Inputs(1, bias=True, num_layers=3, own_lm_head=True, common_lm_head=True).heads
     packed = SequentialHeads(heads.to_weights())
