@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
 
 import torch
@@ -24,6 +25,7 @@ from .checks import (
     check_tree_attention,
     require,
 )
+from .prepared import PreparedLaunch, are_aligned, launch_and_keep
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -99,6 +101,7 @@ def tree_attention(
     workspace: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     plan: AttentionPlan | None = None,
+    launches: dict[Hashable, list[PreparedLaunch]] | None = None,
 ) -> AttentionPlan | None:
     """Attention of tree rows: each sees the whole context and its own ancestors.
 
@@ -147,6 +150,11 @@ def tree_attention(
         What a call returned whose arguments had the same shapes and types: nothing is checked
         again. The layers of a step differ in their tensors alone, and a check takes the host
         about 0.1 ms, longer than the kernel the GPU.
+    launches : dict, optional
+        Filled by the first call of a plan, for those that follow it on the same stream: they
+        replace `out`, `q`, the caches, sinks and scales in it and keep all else, the workspace
+        too. For other stages of a model with the same `plan` (other windows, soft caps, ..) it
+        holds launches of their own.
 
     Returns
     -------
@@ -159,6 +167,18 @@ def tree_attention(
     seq_lens ``103``; row b sees keys 0..99, 100 and 102.
     """
     num_tokens, num_heads, head_size = q.shape
+    moved = {
+        "out": out, "q": q, "k_cache": k_cache, "v_cache": v_cache, "sinks": sinks,
+        "k_scale": k_scale, "v_scale": v_scale, "q_scale": q_scale,
+    }  # fmt: skip
+    kind = (
+        scale, sliding_window, logit_soft_cap, sinks is None, q_scale is None, q.dtype,
+        _num_scales(k_scale, v_scale),
+    )  # fmt: skip
+    if plan is not None and launches and kind in launches and are_aligned(*moved.values()):
+        for repeat in launches[kind]:
+            repeat(**moved)
+        return plan
     if plan is None:
         check_tree_attention(
             out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks,
@@ -184,11 +204,14 @@ def tree_attention(
         check_tensor(
             "workspace", workspace, shape=[at_least(needed)], dtype=torch.float32, device=q.device
         )
-    launch(
+    made = launch(
         plan, out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, scale,
         num_reqs, max_query_len, sliding_window, logit_soft_cap, sinks, k_scale, v_scale, q_scale,
         workspace, counters,
     )  # fmt: skip
+    # The interpreter compiles nothing that could be launched again.
+    if launches is not None and made and are_aligned(*moved.values()):
+        launches[kind] = made
     return plan
 
 
@@ -229,8 +252,8 @@ def launch(
     q_scale: torch.Tensor | None,
     workspace: torch.Tensor,
     counters: torch.Tensor | None = None,
-) -> None:
-    """Run a plan on checked arguments (also the tuner's way in)."""
+) -> list[PreparedLaunch]:
+    """Run a plan on checked arguments (also the tuner's way in); its launches, to repeat them."""
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads = k_cache.shape[2]
     group = num_heads // num_kv_heads
@@ -247,22 +270,42 @@ def launch(
         "PADDED_HEAD": power_of_two_from(head_size), "BLOCK_KEYS": plan.block_keys,
         "MIN_TILES": plan.min_tiles, "CHAINED": chained,
     }  # fmt: skip
-    bound = {} if plan.max_registers is None else {"maxnreg": plan.max_registers}
-    tree_attention_kernel[(plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits)](
-        out, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, tree_masks, sinks,
-        k_scale, v_scale, q_scale, workspace, counters, num_tokens, out.stride(0), q.stride(0),
-        block_table.stride(0), tree_masks.stride(0), **_cache_layout(k_cache, v_cache), **layout,
-        SCALE=scale, SOFT_CAP=logit_soft_cap, BLOCK_ROWS=plan.block_rows, SECOND_WORD=second_word,
-        IS_SPLIT=is_split, LAST_JOINS=last_joins, num_warps=plan.num_warps,
-        num_stages=plan.num_stages, **bound,
-    )  # fmt: skip
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    if plan.max_registers is not None:
+        options["maxnreg"] = plan.max_registers
+    common = {
+        "out": out, "workspace": workspace, "query_start_loc": query_start_loc,
+        "seq_lens": seq_lens, "sinks": sinks, "v_scale": v_scale, "num_tokens": num_tokens,
+        "out_stride": out.stride(0), **layout,
+    }  # fmt: skip
+    made = [
+        launch_and_keep(
+            tree_attention_kernel,
+            (plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits),
+            common
+            | {
+                "q": q, "k_cache": k_cache, "v_cache": v_cache, "block_table": block_table,
+                "tree_masks": tree_masks, "k_scale": k_scale, "q_scale": q_scale,
+                "counters": counters, "q_stride": q.stride(0),
+                "table_stride": block_table.stride(0), "masks_stride": tree_masks.stride(0),
+                "SCALE": scale, "SOFT_CAP": logit_soft_cap, "BLOCK_ROWS": plan.block_rows,
+                "SECOND_WORD": second_word, "IS_SPLIT": is_split, "LAST_JOINS": last_joins,
+                **_cache_layout(k_cache, v_cache),
+            },
+            options,
+        )
+    ]  # fmt: skip
     if is_split and not last_joins:
-        join_tiles = ceil_div(max_query_len * group, plan.join_rows)
-        join_splits_kernel[(join_tiles, num_reqs * num_kv_heads)](
-            out, workspace, query_start_loc, seq_lens, sinks, v_scale, num_tokens,
-            plan.num_splits, out.stride(0), **layout, JOIN_ROWS=plan.join_rows, IN_FLIGHT=8,
-            num_warps=4, **({"launch_pdl": True} if chained else {}),
-        )  # fmt: skip
+        made.append(
+            launch_and_keep(
+                join_splits_kernel,
+                (ceil_div(max_query_len * group, plan.join_rows), num_reqs * num_kv_heads),
+                common
+                | {"num_splits": plan.num_splits, "JOIN_ROWS": plan.join_rows, "IN_FLIGHT": 8},
+                {"num_warps": 4, **({"launch_pdl": True} if chained else {})},
+            )
+        )
+    return [] if None in made else made
 
 
 def add_tree_attention(

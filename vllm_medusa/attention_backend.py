@@ -6,7 +6,8 @@ Requests with drafts lead vLLM's batch; their rows go to the tree kernel, the re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_medusa.float8_cache import cache_arguments
 from vllm_medusa.triton_kernels import tree_attention
 from vllm_medusa.triton_kernels.attention_plan import AttentionPlan
+from vllm_medusa.triton_kernels.prepared import PreparedLaunch
 
 if TYPE_CHECKING:
     from vllm_medusa.tree_batch import TreeBatch
@@ -46,6 +48,8 @@ class TreeAttentionMetadata:
     counters : torch.Tensor or None, [MOST_COUNTERS] int32
     plan : AttentionPlan or None
         Of the first layer that has run; the others take it as it is.
+    launches : dict
+        That layer's, which the others repeat with their own tensors.
     """
 
     num_tree_reqs: int
@@ -61,6 +65,7 @@ class TreeAttentionMetadata:
     rest: FlashAttentionMetadata | None
     counters: torch.Tensor | None = None
     plan: AttentionPlan | None = None
+    launches: dict[Hashable, list[PreparedLaunch]] = field(default_factory=dict)
 
 
 class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -216,6 +221,7 @@ class TreeAttentionImpl(FlashAttentionImpl):
             sinks=self.sinks,
             counters=meta.counters,
             plan=meta.plan,
+            launches=meta.launches,
         )
         return output
 
