@@ -55,9 +55,9 @@ SHAPES = [
 ]  # fmt: skip
 # Rows of a tile, warps, bound on registers (two programs of 8 warps share a multiprocessor's
 # registers at 128, three of 4 warps at 168).
-TILES = [(16, 4, None), (32, 4, None), (64, 4, None), (64, 4, 168), (64, 8, None), (128, 8, None),
-         (128, 8, 128), (256, 16, None)]  # fmt: skip
-KEYS_AND_STAGES = [(32, 3), (32, 4), (64, 2), (64, 3), (64, 4), (128, 2), (128, 3)]
+TILES = [(16, 4, None), (32, 4, None), (64, 4, None), (64, 4, 168), (128, 8, None), (128, 8, 128),
+         (256, 16, None)]  # fmt: skip
+KEYS_AND_STAGES = [(32, 4), (64, 2), (64, 3), (64, 4), (128, 2)]
 RESIDENT = (1, 2, 3, 4)  # programs that share a multiprocessor
 JOIN_ROWS = (0, 2, 4, 8, 16)
 REFINED = 5  # plans of a shape that are tried with other joins
