@@ -1,7 +1,8 @@
 """Write README's tables from the JSON records in benchmarks/results.
 
 python benchmarks/report.py            # rewrites the marked sections of README.md
-python benchmarks/report.py --check    # fails when README is out of date
+python benchmarks/report.py --figures  # and draws the figures anew, which needs matplotlib
+python benchmarks/report.py --check    # fails when README or a figure is out of date
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from report_comparisons import compare_section, latency_section, roofline_section, widths_section
+from report_curve import draw, figure_is_current, learning_curve_section
 from report_heads import (
     compared_heads_section,
     heads_section,
@@ -291,7 +293,7 @@ def heads_parts() -> list[str]:
     """Tables of trained heads; a record may have none of its kind yet."""
     variants = sorted(RESULTS.glob("*_head_variants*.json"))
     parts = [compared_heads_section(p) for p in [*RESULTS.glob("*_compared_heads.json"), *variants]]
-    parts += [training_section(path) for path in variants]
+    parts += [training_section(path) for path in variants] + [learning_curve_section()]
     parts += [training_speed_section(path) for path in sorted(RESULTS.glob("*_training.json"))]
     return [part for part in parts if part]
 
@@ -329,12 +331,15 @@ def main() -> int:
     """Rewrite or check README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--figures", action="store_true")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     old = readme.read_text()
     new = fill(fill(old, "refusals", refusals_section()), "results", results_section())
     if arguments.check:
-        return int(new != old)
+        return int(new != old or not figure_is_current())
+    if arguments.figures:
+        draw()
     readme.write_text(new)
     return 0
 

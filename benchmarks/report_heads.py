@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from report_tables import ROOT, device, measured_table, table
+from training_flop import base_flop, head_flop
 
 BUDGETS = ("8", "16", "32", "63")
 _KINDS = (("static", "one tree"), ("dynamic", "chosen at every step"))
@@ -113,22 +114,29 @@ def _best(row: dict[str, Any]) -> str:
 
 
 def training_speed_section(path: Path) -> str:
-    """Tokens/s and peak memory of both trainers."""
+    """Tokens/s, products and peak memory of both trainers."""
     record = json.loads(path.read_text())
     rows = []
     for row in record["rows"]:
         what = row["mode"]
         if "base_parameters" in row:
             what += f", base of {row['base_parameters'] / 1e9:.1f} billion parameters"
+            what += "" if row["compiled_base"] else " (not compiled)"
             what += f", {row['conversations_a_step']} conversations a step"
         kind = _kind_of_heads({"sequential": False, **row})
+        kind += "" if row.get("lm_head", "shared") == "shared" else f", {row['lm_head']} lm_heads"
         shape = f"{row['hidden_size']} x {row['vocab_size']}"
-        rows.append([what, kind, shape, f"{row['tokens_per_second'] / 1e3:,.0f}k", _gib(row)])
+        flop, speed = head_flop(row) + base_flop(row), row["tokens_per_second"]
+        rows.append([what, kind, shape, f"{speed / 1e3:,.0f}k", f"{flop / 1e9:.1f}",
+                     f"{speed * flop / 1e12:.0f}", _gib(row)])  # fmt: skip
     text = (
-        f"**Training speed** on {device(record)}, answer tokens a second and peak memory, random "
-        "weights;"
+        f"**Training speed** on {device(record)}, answer tokens a second, products of one of them "
+        "(`benchmarks/training_flop.py`) and peak memory, random weights;"
     )
-    header = ["hidden states", "heads", "hidden x vocabulary", "tokens/s", "peak GiB"]
+    header = [
+        "hidden states", "heads", "hidden x vocabulary", "tokens/s", "GFLOP a token", "TFLOP/s",
+        "peak GiB",
+    ]  # fmt: skip
     return measured_table(text, path, record, header, rows)
 
 

@@ -6,17 +6,14 @@ from dataclasses import dataclass
 
 from .checks import require
 
-# Two tiles. The last program reads the results of all splits, each as large as its own: at 576
-# keys, 32/8 heads of 128 and 32 rows 3, 4, 6 and 8 splits take 16.4, 16.3, 14.8 and 15.5 us on an
-# H100; with 9/3 heads of 64 and 64 rows 12.5, 12.9, 11.9 and 11.7.
-MIN_KEYS_PER_SPLIT = 128
+MIN_KEYS_PER_SPLIT = 128  # two tiles
 MAX_SPLITS = 32
 # More than any plan with splits needs: those are for batches of fewer tiles than fit at once.
 MOST_COUNTERS = 4096
-# Where programs are few, smaller row tiles join faster, but pass over the keys more often. One
-# request of 64 rows, 32/8 heads, tiles of 32 against 64 rows: 14.4 against 15.8 us at 256 keys,
-# 17.7 against 18.2 at 512, 30.0 against 29.4 at 2048, 71 against 55 at 8192.
-MOST_KEYS_OF_SMALL_TILES = 4096
+# Pairs that a program joins: 1280 pairs, one request of 40 rows and 32 heads, make 160 programs.
+JOIN_ROWS = 8
+# Of a multiprocessor of compute capability 9.0; a program takes 1 KiB beside its own.
+SHARED_BYTES = 228 << 10
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -92,7 +89,7 @@ def plan_attention(
     Examples
     --------
     One request of 64 rows, 8 KV heads, groups of 4, context 2048, on 132 multiprocessors: 256 pairs
-    make 8 tiles of 32, 64 programs; 396 // 64 = 6 splits put three programs on each.
+    make 4 tiles of 64, 32 programs; 264 // 32 = 8 splits put two programs on each.
     """
     pairs, num_stages = max_query_len * group, 2
     padded_head = power_of_two_from(head_size)
@@ -105,29 +102,28 @@ def plan_attention(
         most_rows, block_keys, num_warps = 64, 32, 8
     else:
         most_rows, block_keys, num_warps, num_stages = 64, 64, 4, 3
-        few = num_reqs * num_kv_heads * ceil_div(pairs, 32) <= num_multiprocessors
-        if few and max_seq_len <= MOST_KEYS_OF_SMALL_TILES:
-            most_rows = 32
         programs = num_reqs * num_kv_heads * ceil_div(pairs, 256)
         if pairs > 128 and programs >= num_multiprocessors:
             # Enough programs without a split: all rows share one pass over the keys (227
             # against 267 us with 32 requests of 64 rows, 8 KV heads, groups of 4).
-            most_rows, num_warps, num_stages = 256, 16, 2
+            most_rows, num_warps = 256, 16
     block_rows = min(max(16, power_of_two_from(pairs)), most_rows)
     row_tiles = ceil_div(pairs, block_rows)
     min_tiles = 1
     if num_splits is None:
         min_tiles = ceil_div(MIN_KEYS_PER_SPLIT, block_keys)
         programs = max(1, num_reqs * num_kv_heads * row_tiles)
-        # Programs that one multiprocessor holds: registers and stages decide.
-        resident = 1 if num_warps > 4 else 3 if block_rows <= 32 else 2
-        slots = num_multiprocessors * resident
+        shared = (block_rows + 2 * num_stages * block_keys) * padded_head * item_size + 1024
+        # Programs that one multiprocessor holds; by their registers one of 8 warps, two of 4.
+        resident = min(SHARED_BYTES // shared, 1 if num_warps > 4 else 2)
+        slots = num_multiprocessors * max(1, resident)
         longest = ceil_div(max_seq_len, MIN_KEYS_PER_SPLIT)
         num_splits = max(1, min(slots // programs, longest, MAX_SPLITS))
     require(num_splits >= 1, "num_splits", num_splits, "at least 1")
     return AttentionPlan(
-        block_rows, block_keys, row_tiles, num_splits, num_warps, num_stages, min_tiles
-    )
+        block_rows, block_keys, row_tiles, num_splits, num_warps, num_stages, min_tiles,
+        join_rows=JOIN_ROWS if num_splits > 1 else 0,
+    )  # fmt: skip
 
 
 def workspace_elements(

@@ -198,8 +198,13 @@ def attend_tile(
     keys = low + tl.arange(0, BLOCK_KEYS)
     dims = tl.arange(0, PADDED_HEAD)
     slots = written_keys(low, first_key, seq_len, WINDOW, BLOCK_KEYS) % BLOCK_SIZE
-    # int64 from the first multiply.
-    offsets = pages.to(tl.int64) * BLOCK_STRIDE + slots.to(tl.int64) * SLOT_STRIDE
+    if BLOCK_STRIDE % SLOT_STRIDE == 0 and SLOT_STRIDE >= 64:
+        # Slots are counted in 32 bits, which 275 GB of them need: the one product in 64 bits takes
+        # in the addition to the pointer.
+        rows = pages.to(tl.uint32) * (BLOCK_STRIDE // SLOT_STRIDE) + slots
+        offsets = rows.to(tl.int64) * SLOT_STRIDE
+    else:
+        offsets = pages.to(tl.int64) * BLOCK_STRIDE + slots.to(tl.int64) * SLOT_STRIDE
     # Keys are loaded as rows, like values, so that both share one layout of addresses.
     k_ptrs = k_head + offsets[:, None] + dims[None, :]
     if V_OFFSET > 0:

@@ -8,8 +8,10 @@ import triton.language as tl
 
 from .checks import check_runnable
 from .checks_draft import check_draft_tree
-from .draft_workspace import GROUP, GROUPS_PER_PROGRAM, DraftWorkspace, num_groups
+from .draft_workspace import GROUP, DraftWorkspace, groups_and_warps, num_groups
 
+# 128 x 128 bfloat16 are 128 bytes a thread of 8 warps, and leave room for five programs.
+_MOST_GROUPS = 128
 _LEAST: tl.constexpr = tl.constexpr(-(2**31))  # below the key of -inf
 
 
@@ -200,13 +202,14 @@ def draft_tree(
         return
     num_rows, groups = num_reqs * num_heads, num_groups(vocab)
     workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
-    _draft_tree_kernel[(num_rows * triton.cdiv(groups, GROUPS_PER_PROGRAM),)](
+    per_program, num_warps = groups_and_warps(num_rows, vocab, _MOST_GROUPS)
+    _draft_tree_kernel[(num_rows * triton.cdiv(groups, per_program),)](
         out, workspace.counters, workspace.maxima, logits, node_columns, token_map, out.stride(0),
         logits.stride(0), logits.stride(1),
         0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
         vocab, groups, NUM_HEADS=num_heads, NUM_NODES=node_columns.shape[0],
-        NUM_TOP=num_top, GROUP=GROUP, GROUPS_PER_PROGRAM=GROUPS_PER_PROGRAM,
+        NUM_TOP=num_top, GROUP=GROUP, GROUPS_PER_PROGRAM=per_program,
         PADDED_NODES=triton.next_power_of_2(node_columns.shape[0]),
         PADDED_TOP=triton.next_power_of_2(num_top),
-        PADDED_GROUPS=triton.next_power_of_2(groups), num_warps=4,
+        PADDED_GROUPS=triton.next_power_of_2(groups), num_warps=num_warps,
     )  # fmt: skip

@@ -11,13 +11,15 @@ from .checks_draft import check_top_tokens
 from .draft import known, load_groups, sortable
 from .draft_workspace import (
     GROUP,
-    GROUPS_PER_PROGRAM,
     MAX_TOP,
     DraftWorkspace,
-    num_chunks,
+    groups_and_warps,
     num_groups,
 )
 from .selection import descending, ranks_of, smallest
+
+# 64 x 128 float32 are 32 registers of 8 warps: the exponentials need them all at once.
+_MOST_GROUPS = 64
 
 # float32's largest number. Logits are cut to it, so that no infinity meets another.
 _LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
@@ -202,7 +204,9 @@ def top_tokens(
     num_reqs, num_heads, vocab = logits.shape
     if num_reqs == 0:
         return
-    num_rows, groups, chunks = num_reqs * num_heads, num_groups(vocab), num_chunks(vocab)
+    num_rows, groups = num_reqs * num_heads, num_groups(vocab)
+    per_program, num_warps = groups_and_warps(num_rows, vocab, _MOST_GROUPS)
+    chunks = triton.cdiv(groups, per_program)
     num_top = (tokens if columns is None else columns).shape[-1]
     workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
     _top_tokens_kernel[(num_rows * chunks,)](
@@ -210,7 +214,7 @@ def top_tokens(
         tokens.stride(0), logits.stride(0), logits.stride(1),
         0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
         vocab, groups, num_heads, NUM_TOP=num_top, MAX_TOP=MAX_TOP, GROUP=GROUP,
-        GROUPS_PER_PROGRAM=GROUPS_PER_PROGRAM, PADDED_TOP=triton.next_power_of_2(num_top),
+        GROUPS_PER_PROGRAM=per_program, PADDED_TOP=triton.next_power_of_2(num_top),
         PADDED_GROUPS=triton.next_power_of_2(groups),
-        PADDED_CHUNKS=triton.next_power_of_2(chunks), num_warps=4,
+        PADDED_CHUNKS=triton.next_power_of_2(chunks), num_warps=num_warps,
     )  # fmt: skip

@@ -10,6 +10,9 @@ import torch
 GROUP = 128
 # Groups whose maxima one program takes: 32 x 128 bfloat16 are 64 bytes a thread of 4 warps.
 GROUPS_PER_PROGRAM = 32
+# Large batches have programs enough: of more groups each, with more loads in flight and fewer
+# announcements, once 32 groups a program would fill an H100 (132 multiprocessors, 8 each) twice.
+MANY_PROGRAMS = 2112
 # Ranks of a head.
 MAX_TOP = 128
 
@@ -20,8 +23,15 @@ def num_groups(vocab_size: int) -> int:
 
 
 def num_chunks(vocab_size: int) -> int:
-    """Programs that share a row of logits."""
+    """Most programs that share a row of logits."""
     return -(-num_groups(vocab_size) // GROUPS_PER_PROGRAM)
+
+
+def groups_and_warps(num_rows: int, vocab_size: int, most_groups: int) -> tuple[int, int]:
+    """Groups of a program, at most `most_groups`, and its warps, for so many rows of logits."""
+    if num_rows * num_chunks(vocab_size) > MANY_PROGRAMS:
+        return most_groups, 8
+    return GROUPS_PER_PROGRAM, 4
 
 
 class DraftWorkspace(NamedTuple):

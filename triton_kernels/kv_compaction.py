@@ -13,13 +13,12 @@ from .kv_layout import WORDS, LayerGroup, group_layers
 
 _TL_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
-# Rows moved per pass and words per program; 8 x 256 x 8 bytes are 128 bytes a thread with
-# 4 warps, so a whole accepted path of a four or five head tree is one round trip to memory.
-_MOVES_PER_PASS = 8
-_MAX_BLOCK_WORDS = 256
-# Narrower programs while they all fit on the device at once (132 multiprocessors, 8 each): a
-# small batch is a chain of round trips, which more programs with less to do shorten.
-_NARROW_BLOCK_WORDS = 128
+# Rows moved per pass, words and layers per program. A small batch is a chain of round trips, which
+# many programs with little to do each shorten, while they all fit on the device at once (132
+# multiprocessors, 8 each). In a large one the path and the pages are found once for several
+# layers, whose rows are loaded together: 4 x 4 x 256 x 8 bytes are 256 bytes a thread with 4 warps.
+_NARROW = {"MOVES": 8, "BLOCK": 128, "LAYERS": 1}
+_WIDE = {"MOVES": 4, "BLOCK": 256, "LAYERS": 4}
 _PROGRAMS_AT_ONCE = 1056
 
 
@@ -35,6 +34,7 @@ def _compact_kv_kernel(
     slot_stride,
     head_stride,
     row_words,
+    num_layers,
     WORD: tl.constexpr,
     NUM_WORDS: tl.constexpr,  # of a path mask
     BLOCK_SIZE: tl.constexpr,
@@ -42,10 +42,11 @@ def _compact_kv_kernel(
     CHUNKS: tl.constexpr,  # column chunks of one (slot, head) row
     BLOCK: tl.constexpr,
     MOVES: tl.constexpr,
+    LAYERS: tl.constexpr,
 ):
-    """Grid: (num_kv_heads * CHUNKS, num_layers, R).
+    """Grid: (num_kv_heads * CHUNKS, groups of LAYERS layers, R).
 
-    One program owns one column chunk of one head of one layer for one request, so no two
+    One program owns one column chunk of one head of its layers for one request, so no two
     programs touch the same word.  Within a program sources and destinations overlap.  Row j
     receives row b_j >= j, and passes go through j in ascending order:
 
@@ -63,7 +64,9 @@ def _compact_kv_kernel(
         high_path = tl.load(path_masks + req * NUM_WORDS + 1).to(tl.uint64, bitcast=True)
     idx = tl.load(idx_mapping + req).to(tl.int64)
     root = tl.load(root_positions + req).to(tl.int64)
-    base = tl.load(layer_ptrs + tl.program_id(1)).to(tl.pointer_type(WORD))
+    layers = tl.program_id(1) * LAYERS + tl.arange(0, LAYERS)
+    is_layer = layers < num_layers
+    base = tl.load(layer_ptrs + layers, mask=is_layer, other=0).to(tl.pointer_type(WORD))
     # Contiguous low bits: every accepted row already sits in its place.
     in_place = (path & (path + 1)) == 0
     if NUM_WORDS > 1:
@@ -85,27 +88,31 @@ def _compact_kv_kernel(
         is_set = ((own_word >> (bits & 63).to(tl.uint64)) & 1).to(tl.int32)
     else:
         is_set = ((path >> bits.to(tl.uint64)) & 1).to(tl.int32)
+    # Pages of all accepted rows are on their way while the rows are put in order.
+    pages = tl.load(table_row + (root + bits) // BLOCK_SIZE, mask=is_set != 0, other=0)
     order = tl.cumsum(is_set, 0) - 1  # row -> how many accepted rows precede it
     num_rows = tl.sum(is_set)
     for first in range(1, num_rows, MOVES):
         target = first + tl.arange(0, MOVES)  # j
+        target_key = root + target
+        target_page = tl.load(table_row + target_key // BLOCK_SIZE, mask=target < num_rows, other=0)
         chosen = (order[None, :] == target[:, None]) & (is_set[None, :] != 0)
         source = tl.sum(tl.where(chosen, bits[None, :], 0), 1)  # b_j
+        source_page = tl.sum(tl.where(chosen, pages[None, :], 0), 1)
         moves = (target < num_rows) & (source != target)
         inside = moves[:, None] & (columns < row_words)[None, :]
+        inside = is_layer[:, None, None] & inside[None, :, :]
 
-        source_key = root + source
-        source_block = tl.load(table_row + source_key // BLOCK_SIZE, mask=moves, other=0)
-        source_row = source_block.to(tl.int64) * block_stride
-        source_row += (source_key % BLOCK_SIZE) * slot_stride
-        words = tl.load(base + source_row[:, None] + columns[None, :], mask=inside)
+        source_row = source_page.to(tl.int64) * block_stride
+        source_row += ((root + source) % BLOCK_SIZE) * slot_stride
+        sources = source_row[:, None] + columns[None, :]
+        words = tl.load(base[:, None, None] + sources[None, :, :], mask=inside)
 
-        target_key = root + target
-        target_block = tl.load(table_row + target_key // BLOCK_SIZE, mask=moves, other=0)
-        target_row = target_block.to(tl.int64) * block_stride
+        target_row = target_page.to(tl.int64) * block_stride
         target_row += (target_key % BLOCK_SIZE) * slot_stride
+        targets = target_row[:, None] + columns[None, :]
         tl.debug_barrier()
-        tl.store(base + target_row[:, None] + columns[None, :], words, mask=inside)
+        tl.store(base[:, None, None] + targets[None, :, :], words, mask=inside)
 
 
 def compact_kv(
@@ -167,16 +174,17 @@ def compact_kv(
     if num_reqs == 0 or layer_ptrs.shape[0] == 0:
         return
     num_layers = layer_ptrs.shape[0]
-    block = min(_MAX_BLOCK_WORDS, triton.next_power_of_2(row_elems))
-    if num_kv_heads * triton.cdiv(row_elems, block) * num_layers * num_reqs < _PROGRAMS_AT_ONCE:
-        block = min(_NARROW_BLOCK_WORDS, block)
-    chunks = triton.cdiv(row_elems, block)
-    _compact_kv_kernel[(num_kv_heads * chunks, num_layers, num_reqs)](
+    padded_row = triton.next_power_of_2(row_elems)
+    programs = num_kv_heads * triton.cdiv(row_elems, _WIDE["BLOCK"]) * num_layers * num_reqs
+    sizes = _NARROW if programs < _PROGRAMS_AT_ONCE else _WIDE
+    sizes = sizes | {"BLOCK": min(sizes["BLOCK"], padded_row)}
+    chunks = triton.cdiv(row_elems, sizes["BLOCK"])
+    layer_groups = triton.cdiv(num_layers, sizes["LAYERS"])
+    _compact_kv_kernel[(num_kv_heads * chunks, layer_groups, num_reqs)](
         layer_ptrs, block_table, idx_mapping, root_positions, path_masks,
-        block_table.stride(0), block_stride, slot_stride, head_stride, row_elems,
+        block_table.stride(0), block_stride, slot_stride, head_stride, row_elems, num_layers,
         WORD=_TL_WORDS[dtype.itemsize], NUM_WORDS=path_masks.dim(), BLOCK_SIZE=block_size,
-        ALIGNMENT=alignment or dtype.itemsize, CHUNKS=chunks, BLOCK=block,
-        MOVES=_MOVES_PER_PASS, num_warps=4,
+        ALIGNMENT=alignment or dtype.itemsize, CHUNKS=chunks, **sizes, num_warps=4,
     )  # fmt: skip
 
 

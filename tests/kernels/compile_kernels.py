@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_medusa.triton_kernels import (
+    attention_join,
     attention_kernels,
     draft,
     draft_tokens,
@@ -47,14 +48,17 @@ SHAPE = {
     "SCALE": 0.125, "SOFT_CAP": 0.0, "WINDOW": 0, "SCALES": 1, "NUM_KV_HEADS": 2, "GROUP": 4,
     "HEAD_SIZE": 32, "PADDED_HEAD": 32, "BLOCK_SIZE": 16, "BLOCK_ROWS": 16, "BLOCK_KEYS": 32,
     "SECOND_WORD": 0, "MIN_TILES": 1, "IS_SPLIT": True, "LAST_JOINS": True,
-    "CHAINED": False, "BLOCK_STRIDE": 2048, "SLOT_STRIDE": 64, "HEAD_STRIDE": 1024, "V_OFFSET": 32,
+    "JOIN_ROWS": 8, "IN_FLIGHT": 8, "CHAINED": False, "BLOCK_STRIDE": 2048, "SLOT_STRIDE": 64,
+    "HEAD_STRIDE": 1024, "V_OFFSET": 32,
     "sinks": None, "k_scale": None, "v_scale": None, "q_scale": None,
 }  # fmt: skip
+CHAINED = SHAPE | {"LAST_JOINS": False, "CHAINED": True}
 WIDE = SHAPE | {"SECOND_WORD": 128}
 SCALED = {key: value for key, value in SHAPE.items() if not key.endswith("_scale")}
 COMPACTION = dict.fromkeys(("layer_ptrs", "idx_mapping", "root_positions", "path_masks"), "*i64")
 COMPACTION |= {"block_table": "*i32"}
-MOVE = {"WORD": tl.int64, "BLOCK_SIZE": 16, "ALIGNMENT": 16, "CHUNKS": 2, "BLOCK": 128, "MOVES": 8}
+MOVE = {"WORD": tl.int64, "BLOCK_SIZE": 16, "ALIGNMENT": 16, "CHUNKS": 2, "BLOCK": 128, "MOVES": 8,
+        "LAYERS": 2}  # fmt: skip
 SCATTER = {
     "positions": "*i64", "step_masks": "*i64", "query_start_loc": "*i32", "cu_num_logits": "*i32",
     "idx_mapping": "*i64", "depths": "*i32", "masks": "*i64",
@@ -107,6 +111,10 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
         attention_kernels.tree_attention_kernel, ATTENTION, WIDE | {"WINDOW": 100}, 4
     ),
     "attention, float8": (attention_kernels.tree_attention_kernel, FLOAT8, SCALED, 4),
+    "attention before a join": (
+        attention_kernels.tree_attention_kernel, ATTENTION, CHAINED, 4
+    ),
+    "join": (attention_join.join_splits_kernel, ATTENTION, CHAINED, 4),
     "tree part, two words": (attention_kernels.tree_part_kernel, ATTENTION, WIDE, 4),
     "tree part, float8": (attention_kernels.tree_part_kernel, FLOAT8, SCALED, 4),
     "KV move": (kv_compaction._compact_kv_kernel, COMPACTION, MOVE | {"NUM_WORDS": 1}, 4),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_medusa.triton_kernels import draft_tree, reference, top_tokens
+from vllm_medusa.triton_kernels import draft_tree, draft_workspace, reference, top_tokens
 from vllm_medusa.triton_kernels.draft_workspace import GROUP, DraftWorkspace, num_groups
 
 POISON = -77
@@ -94,6 +94,14 @@ def test_worked_example(device):
 )
 def test_vocabularies_around_groups_and_chunks(device, vocab, dtype):
     check(torch.randn(2, 2, vocab).to(dtype), min(vocab, 10), device)
+
+
+@pytest.mark.parametrize(
+    "vocab", [1, 64 * GROUP, 64 * GROUP + 1, 128 * GROUP - 1, 128 * GROUP, 128 * GROUP + 40]
+)
+def test_vocabularies_around_the_programs_of_large_batches(device, monkeypatch, vocab):
+    monkeypatch.setattr(draft_workspace, "MANY_PROGRAMS", 0)
+    check(torch.randn(1, 2, vocab).to(torch.bfloat16), min(vocab, 10), device)
 
 
 @pytest.mark.parametrize("num_top", [1, 2, 10, 16, 17, 64, 128])

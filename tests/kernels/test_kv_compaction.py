@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import path_words
 
-from vllm_medusa.triton_kernels import KVCompactor, compact_kv, reference
+from vllm_medusa.triton_kernels import KVCompactor, compact_kv, kv_compaction, reference
 from vllm_medusa.triton_kernels.kv_layout import group_layers
 
 # Orders of (block, head, slot) in memory, from the outermost dimension in.
@@ -153,6 +153,19 @@ def test_paths_of_two_words(device, compactor, name, mask):
     check_compaction(
         caches, tables, [14, 2], [mask, 0b101], device, compactor=compactor, num_rows=128
     )
+
+
+@pytest.mark.parametrize("num_layers", [3, 4, 5], ids=["fewer", "whole-group", "one-more"])
+def test_layers_that_share_a_program(device, monkeypatch, num_layers):
+    """Large batches: four layers a program, more rows than one pass moves."""
+    monkeypatch.setattr(kv_compaction, "_PROGRAMS_AT_ONCE", 0)
+    caches = [
+        make_cache("block-slot-head", 18, 1, 16, 40, torch.int16, seed=layer)
+        for layer in range(num_layers)
+    ]
+    masks = [1 | 0b111111111 << 2, 0b1, 0b1001]
+    tables = distinct_tables(random.Random(num_layers), 3, 6, 18)
+    check_compaction(caches, tables, [14, 2, 15], masks, device, mapping=[1, 0, 2])
 
 
 def test_worked_example(device):

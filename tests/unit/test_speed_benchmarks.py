@@ -234,3 +234,57 @@ def test_roofline(tmp_path, monkeypatch):
     record = {"bandwidth": 2.0, "tflops": 4.0, "points": [p | {"context": 6} for p in found]}
     text = section("roofline_section", record, tmp_path, monkeypatch)
     assert "| 0 | 2.00 (50%) | - |" in text and "| 3 | 2.00 (100%) | 8.00 (50%) |" in text
+
+
+class LoopEngine:
+    """An engine under any load; its rounds take a second of full slots and two by the clock."""
+
+    def __init__(self):
+        self.asked = []
+
+    def run(self, requests, sampling, level, load="finite batch"):
+        self.asked.append((len(requests), level, load))
+        found = answer(10, 1.0, [1, 3]) | {"prompt_token_ids": [1], "text": "t"}
+        return {"seconds": 1.0, "seconds_with_tail": 2.0, "answers": [found] * len(requests)}
+
+    def call_workers(self, method, nodes):
+        return [{"nodes_by_batch_size": [7, 3], "share": 0.5}]
+
+    def next_logprobs(self, prompts):
+        raise AssertionError("all answers are equal")
+
+
+def test_widths_are_measured_in_closed_loops():
+    from argparse import Namespace
+
+    from bench_widths import measure
+
+    engine = LoopEngine()
+    args = Namespace(max_tokens=10, nodes=[0, 7, 1023], rounds=1)
+    found = measure(engine, [[1, 2], [3, 4]], args, 2)
+    # Each prompt once for the prefix cache; 1023 nodes have no graphs for two requests.
+    assert engine.asked == [(2, 2, "finite batch"), *[(6, 2, "closed loop")] * 3]
+    assert found["prompts"] == 2 and found["requests"] == 6
+    assert found["widths"]["0"]["tokens_per_s"]["median"] == 60.0
+    assert measure(LoopEngine(), [[1, 2], [3, 4]], args, 1)["requests"] == 2
+
+
+@pytest.mark.parametrize(("level", "count"), [(1, 2), (4, 12)])
+def test_serving_reports_the_closed_loop_and_keeps_the_wall_clock(level, count):
+    from argparse import Namespace
+    from types import SimpleNamespace
+
+    from bench_serving import measure
+
+    sides = {"plain": LoopEngine(), "medusa": LoopEngine()}
+    args = Namespace(num_questions=2, rounds=1, turns=2, max_tokens=10, seed=0,
+                     synthetic_acceptance=None)  # fmt: skip
+    pool = [SimpleNamespace(turns=["a", "b"], category="c")] * 3
+    found = measure(sides, pool, args, level, 0.0)
+    warm_up = (min(count, max(2, level)), level, "finite batch")
+    loop = (count, level, "closed loop")
+    assert sides["medusa"].asked == [warm_up, warm_up, loop, loop]
+    # Both turns: 20 tokens of a question in 2 s of full slots, 4 s by the clock.
+    assert found["medusa_tokens_per_s"]["median"] == 10 * count
+    assert found["with_tail"]["tokens_per_s"]["medusa"]["median"] == 5 * count
+    assert found["speedup"]["median"] == 1.0 and found["num_questions"] == count
