@@ -22,6 +22,7 @@ from report_curve import draw, figure_is_current, learning_curve_section
 from report_heads import (
     compared_heads_section,
     heads_section,
+    sequential_draft_section,
     training_section,
     training_speed_section,
 )
@@ -311,6 +312,8 @@ def results_section() -> str:
     parts += [attention_section(path) for path in sorted(RESULTS.glob("*_tree_attention.json"))]
     parts += [compaction_section(path) for path in sorted(RESULTS.glob("*_kv_compaction.json"))]
     parts += [walk_section(path) for path in sorted(RESULTS.glob("*_walk.json"))]
+    found = sorted(RESULTS.glob("*_sequential_draft.json"))
+    parts += [sequential_draft_section(path) for path in found]
     parts += [cpu_runner_section(path) for path in sorted(RESULTS.glob("cpu_runner.json"))]
     parts += [soak_section(path) for path in sorted(RESULTS.glob("cpu_soak*.json"))]
     return "\n\n".join(parts)
