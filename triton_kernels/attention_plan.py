@@ -12,6 +12,10 @@ MAX_SPLITS = 32
 MOST_COUNTERS = 4096
 # Pairs that a program joins: 1280 pairs, one request of 40 rows and 32 heads, make 160 programs.
 JOIN_ROWS = 8
+# Up to here one program on each multiprocessor is enough, beyond two hide more of the loads. One
+# request of 64 rows, 32/8 heads, 1 or 2 programs: 20.1 against 20.7 us at 2048 keys, 42.1 against
+# 38.5 at 8192; of 40 rows 18.1 against 21.0 at 2048.
+MOST_KEYS_OF_ONE_PROGRAM = 4096
 # Of a multiprocessor of compute capability 9.0; a program takes 1 KiB beside its own.
 SHARED_BYTES = 228 << 10
 
@@ -88,7 +92,7 @@ def plan_attention(
 
     Examples
     --------
-    One request of 64 rows, 8 KV heads, groups of 4, context 2048, on 132 multiprocessors: 256 pairs
+    One request of 64 rows, 8 KV heads, groups of 4, context 8192, on 132 multiprocessors: 256 pairs
     make 4 tiles of 64, 32 programs; 264 // 32 = 8 splits put two programs on each.
     """
     pairs, num_stages = max_query_len * group, 2
@@ -102,11 +106,15 @@ def plan_attention(
         most_rows, block_keys, num_warps = 64, 32, 8
     else:
         most_rows, block_keys, num_warps, num_stages = 64, 64, 4, 3
-        programs = num_reqs * num_kv_heads * ceil_div(pairs, 256)
-        if pairs > 128 and programs >= num_multiprocessors:
-            # Enough programs without a split: all rows share one pass over the keys (227
-            # against 267 us with 32 requests of 64 rows, 8 KV heads, groups of 4).
+        # With enough programs and no split the more rows share a pass over the keys the better:
+        # 64 rows a request, 32/8 heads, 227 against 267 us with 32 requests (256 pairs), 93.4
+        # against 98.6 with 8 (128 pairs, on 128 of 132 multiprocessors).
+        if pairs > 128 and num_reqs * num_kv_heads * ceil_div(pairs, 256) >= num_multiprocessors:
             most_rows, num_warps = 256, 16
+        elif pairs > 64 and 10 * num_reqs * num_kv_heads * ceil_div(pairs, 128) >= (
+            9 * num_multiprocessors
+        ):
+            most_rows, num_warps = 128, 8
     block_rows = min(max(16, power_of_two_from(pairs)), most_rows)
     row_tiles = ceil_div(pairs, block_rows)
     min_tiles = 1
@@ -114,8 +122,9 @@ def plan_attention(
         min_tiles = ceil_div(MIN_KEYS_PER_SPLIT, block_keys)
         programs = max(1, num_reqs * num_kv_heads * row_tiles)
         shared = (block_rows + 2 * num_stages * block_keys) * padded_head * item_size + 1024
-        # Programs that one multiprocessor holds; by their registers one of 8 warps, two of 4.
-        resident = min(SHARED_BYTES // shared, 1 if num_warps > 4 else 2)
+        # Programs for one multiprocessor; by their registers it holds one of 8 warps, two of 4.
+        wanted = 1 if num_warps > 4 or max_seq_len <= MOST_KEYS_OF_ONE_PROGRAM else 2
+        resident = min(SHARED_BYTES // shared, wanted)
         slots = num_multiprocessors * max(1, resident)
         longest = ceil_div(max_seq_len, MIN_KEYS_PER_SPLIT)
         num_splits = max(1, min(slots // programs, longest, MAX_SPLITS))

@@ -438,8 +438,11 @@ def test_graph_replay_follows_device_sizes(device, num_splits):
 def test_plan_fills_the_device_and_stays_within_limits():
     shape = {"num_kv_heads": 8, "group": 4, "head_size": 128, "item_size": 2,
              "max_query_len": 64, "num_multiprocessors": 132}  # fmt: skip
-    assert plan_attention(num_reqs=1, max_seq_len=2048, **shape).num_splits == 8
-    assert plan_attention(num_reqs=4, max_seq_len=2048, **shape).num_splits == 2
+    assert plan_attention(num_reqs=1, max_seq_len=8192, **shape).num_splits == 8
+    assert plan_attention(num_reqs=1, max_seq_len=2048, **shape).num_splits == 4
+    assert plan_attention(num_reqs=4, max_seq_len=8192, **shape).num_splits == 2
+    eight = plan_attention(num_reqs=8, max_seq_len=8192, **shape)
+    assert (eight.block_rows, eight.num_warps, eight.num_splits) == (128, 8, 1)
     assert plan_attention(num_reqs=32, max_seq_len=8192, **shape).num_splits == 1
     assert plan_attention(num_reqs=1, max_seq_len=64, **shape).num_splits == 1
     assert plan_attention(num_reqs=32, max_seq_len=8192, **shape).row_tiles == 1
