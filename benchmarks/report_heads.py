@@ -63,7 +63,7 @@ def _quality(variants: dict[str, Any]) -> str:
 
 
 def training_section(path: Path) -> str:
-    """What was trained, how fast, and the losses on held-out answers: the learning curve."""
+    """What was trained, how fast, and the losses on held-out answers."""
     record = json.loads(path.read_text())
     rows = [
         [
@@ -131,8 +131,10 @@ def training_speed_section(path: Path) -> str:
                      f"{speed * flop / 1e12:.0f}", _gib(row)])  # fmt: skip
     text = (
         f"**Training speed** on {device(record)}, answer tokens a second, products of one of them "
-        "(`benchmarks/training_flop.py`) and peak memory, random weights;"
+        "(`benchmarks/training_flop.py`) and peak memory, random weights"
     )
+    commits = {row.get("git_sha") for row in record["rows"]}
+    text += ", rows of several calls, the last of which is shown;" if len(commits) > 1 else ";"
     header = [
         "hidden states", "heads", "hidden x vocabulary", "tokens/s", "GFLOP a token", "TFLOP/s",
         "peak GiB",

@@ -9,8 +9,12 @@ import pytest
 import tiny_base
 import torch
 
+from vllm_medusa.head_weights import HeadSpec
+from vllm_medusa.training.base_model import embedding_weight, lm_head_weight, run_base
 from vllm_medusa.training.calibrate import MISSED, HeadRanks
 from vllm_medusa.training.conversations import ConversationSet
+from vllm_medusa.training.hidden_states import extract_hidden_states
+from vllm_medusa.training.trainable_heads import TrainableHeads
 from vllm_medusa.tree import TokenTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +50,45 @@ def test_quality_check_is_the_cross_entropy_of_answer_tokens():
             log_p = model(ids[None]).logits[0].log_softmax(-1)
         losses += [-log_p[t - 1, ids[t]] for t in np.flatnonzero(answers.mask(i))]
     assert base.nats_per_token() == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+def test_held_out_losses_are_those_of_each_row_alone():
+    from types import SimpleNamespace
+
+    from variant_training import held_out_losses
+
+    model, answers = tiny_base.make_base(), tiny_base.counting_answers(9)
+    weight, table = lm_head_weight(model), embedding_weight(model)
+    spec = HeadSpec(2, 2, tiny_base.HIDDEN, tiny_base.VOCAB, bias=True, sequential=True)
+    heads = TrainableHeads(0, 0, 0, spec=spec)
+    for parameter in heads.requires_grad_(False).parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    # One more column of labels than heads, as of all variants together.
+    data = extract_hidden_states(model, answers, 3, 64)
+    base = SimpleNamespace(lm_head=weight, embeddings=table)
+    losses: list[list[float]] = [[], []]
+    for i in range(len(answers)):
+        ids = torch.from_numpy(answers.tokens(i)).long()
+        states = run_base(model, ids[None])[0].detach()
+        # Head k reads position t, sees the tokens t+1 .. t+k and is asked for t+k+1; all but the
+        # prompt's two tokens are the answer's, its end included.
+        for k in (1, 2):
+            for t in range(1, len(ids) - k - 1):
+                x = states[t]
+                for layer in range(2):
+                    update = heads.weight[layer, k - 1] @ x + heads.bias[layer, k - 1]
+                    for j in range(1, k + 1) if layer == 0 else ():
+                        seen = table[ids[t + j]]
+                        place = k * (k - 1) // 2 + j - 1
+                        update = update + heads.path_weight[place] @ (
+                            seen / seen.square().mean().sqrt()
+                        )
+                    x = x + torch.nn.functional.silu(update)
+                losses[k - 1].append(-float((weight @ x).log_softmax(0)[ids[t + k + 1]]))
+    expected = [sum(found) / len(found) for found in losses]
+    # Seven rows a batch: conversations are cut anywhere, the last batch is shorter.
+    assert data.num_rows % 7
+    assert held_out_losses(heads, data, base, 7) == pytest.approx(expected, abs=2e-4)
 
 
 def test_plan_keeps_its_order_and_lengths():
