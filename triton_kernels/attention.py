@@ -25,7 +25,7 @@ from .checks import (
     check_tree_attention,
     require,
 )
-from .prepared import PreparedLaunch, are_aligned, launch_and_keep
+from .repeated_launch import RepeatedLaunch
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -101,7 +101,7 @@ def tree_attention(
     workspace: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     plan: AttentionPlan | None = None,
-    launches: dict[Hashable, list[PreparedLaunch]] | None = None,
+    launches: dict[Hashable, list[RepeatedLaunch]] | None = None,
 ) -> AttentionPlan | None:
     """Attention of tree rows: each sees the whole context and its own ancestors.
 
@@ -173,9 +173,9 @@ def tree_attention(
     }  # fmt: skip
     kind = (
         scale, sliding_window, logit_soft_cap, sinks is None, q_scale is None, q.dtype,
-        _num_scales(k_scale, v_scale),
+        q.stride(0), out.stride(0), _num_scales(k_scale, v_scale),
     )  # fmt: skip
-    if plan is not None and launches and kind in launches and are_aligned(*moved.values()):
+    if plan is not None and launches and kind in launches:
         for repeat in launches[kind]:
             repeat(**moved)
         return plan
@@ -209,8 +209,7 @@ def tree_attention(
         num_reqs, max_query_len, sliding_window, logit_soft_cap, sinks, k_scale, v_scale, q_scale,
         workspace, counters,
     )  # fmt: skip
-    # The interpreter compiles nothing that could be launched again.
-    if launches is not None and made and are_aligned(*moved.values()):
+    if launches is not None:
         launches[kind] = made
     return plan
 
@@ -252,7 +251,7 @@ def launch(
     q_scale: torch.Tensor | None,
     workspace: torch.Tensor,
     counters: torch.Tensor | None = None,
-) -> list[PreparedLaunch]:
+) -> list[RepeatedLaunch]:
     """Run a plan on checked arguments (also the tuner's way in); its launches, to repeat them."""
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads = k_cache.shape[2]
@@ -279,7 +278,7 @@ def launch(
         "out_stride": out.stride(0), **layout,
     }  # fmt: skip
     made = [
-        launch_and_keep(
+        RepeatedLaunch(
             tree_attention_kernel,
             (plan.row_tiles, num_reqs * num_kv_heads, plan.num_splits),
             common
@@ -297,7 +296,7 @@ def launch(
     ]  # fmt: skip
     if is_split and not last_joins:
         made.append(
-            launch_and_keep(
+            RepeatedLaunch(
                 join_splits_kernel,
                 (ceil_div(max_query_len * group, plan.join_rows), num_reqs * num_kv_heads),
                 common
@@ -305,7 +304,9 @@ def launch(
                 {"num_warps": 4, **({"launch_pdl": True} if chained else {})},
             )
         )
-    return [] if None in made else made
+    for one in made:
+        one()
+    return made
 
 
 def add_tree_attention(

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_medusa.float8_cache import cache_arguments
 from vllm_medusa.triton_kernels import tree_attention
 from vllm_medusa.triton_kernels.attention_plan import AttentionPlan
-from vllm_medusa.triton_kernels.prepared import PreparedLaunch
+from vllm_medusa.triton_kernels.repeated_launch import RepeatedLaunch
 
 if TYPE_CHECKING:
     from vllm_medusa.tree_batch import TreeBatch
@@ -65,7 +65,7 @@ class TreeAttentionMetadata:
     rest: FlashAttentionMetadata | None
     counters: torch.Tensor | None = None
     plan: AttentionPlan | None = None
-    launches: dict[Hashable, list[PreparedLaunch]] = field(default_factory=dict)
+    launches: dict[Hashable, list[RepeatedLaunch]] = field(default_factory=dict)
 
 
 class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):

@@ -65,7 +65,11 @@ class TreeSchedulerMixin:
             return None
         choices = {1, *config.row_counts(self.max_num_running_reqs)}
         budget = NodeBudget(
-            config.node_frequencies, [rows - 1 for rows in choices], costs, self._chosen_depths
+            config.node_frequencies,
+            [rows - 1 for rows in choices],
+            costs,
+            self._chosen_depths,
+            lookup=config.prompt_lookup > 0,
         )
         self.dynamic_sd_lookup = lookup = PricedLookup(budget, self.dynamic_sd_lookup)
         sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < len(lookup)]

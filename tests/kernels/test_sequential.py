@@ -139,7 +139,7 @@ def test_no_requests(device):
     ("name", "damage"),
     [
         ("hidden", lambda a: a["hidden"].double()),
-        ("hidden", lambda _: torch.zeros(2, 32769)),
+        ("hidden", lambda a: a["hidden"].new_zeros(2, 32769)),
         ("tokens", lambda a: a["tokens"].int()),
         ("tokens", lambda a: a["tokens"][:1]),
         ("root_tokens", lambda a: a["root_tokens"][:1]),
@@ -147,16 +147,17 @@ def test_no_requests(device):
         ("paths", lambda a: a["paths"][:, :0]),
         ("paths", lambda a: torch.cat([a["paths"]] * 2, 1)[:, ::2]),
         ("embeddings", lambda a: a["embeddings"][:, 1:]),
-        ("out", lambda _: torch.zeros(2, 2, 4)),
-        ("out", lambda _: torch.zeros(2, 3, 8)[..., :4]),
+        ("out", lambda a: a["out"].new_zeros(2, 2, 4)),
+        ("out", lambda a: a["out"].new_zeros(2, 3, 8)[..., :4]),
     ],
 )
 @pytest.mark.parametrize("launcher", [embed_paths, reference.embed_paths], ids=["kernel", "twin"])
 def test_bad_arguments_of_paths_are_named(device, launcher, name, damage):
     good = path_inputs([[-1, 0]], 2, 4, torch.float32) | {"out": torch.zeros(2, 3, 4)}
-    bad = good | {name: damage(good)}
+    # Damaged there: a move to the device would make strides dense.
+    good = {key: tensor.to(device) for key, tensor in good.items()}
     with pytest.raises(ValueError, match=f"^{name}: found .*, expected "):
-        launcher(**{key: tensor.to(device) for key, tensor in bad.items()})
+        launcher(**good | {name: damage(good)})
 
 
 def update_inputs(num_rows, size, dtype, bias=True, seed=0):
@@ -221,9 +222,9 @@ def test_states_inside_of_inputs_and_in_place(device):
 def test_bad_arguments_of_updates_are_named(device, launcher, name, damage):
     states, update, bias = update_inputs(2, 4, torch.float32)
     good = {"out": torch.zeros(2, 4), "states": states, "update": update, "bias": bias}
-    bad = good | {name: damage(good)}
+    good = {key: tensor.to(device) for key, tensor in good.items()}
     with pytest.raises(ValueError, match=f"^{name}: found .*, expected "):
-        launcher(**{key: tensor.to(device) for key, tensor in bad.items()})
+        launcher(**good | {name: damage(good)})
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from kernel_cases import NAMED_TREES, random_parents
 
 from vllm_medusa.triton_kernels import add_tree_attention, attention, reference, tree_attention
 from vllm_medusa.triton_kernels.attention_plan import plan_attention, workspace_elements
-from vllm_medusa.triton_kernels.prepared import PreparedLaunch
+from vllm_medusa.triton_kernels.repeated_launch import RepeatedLaunch
 
 # Largest absolute error against float64 arithmetic on the same (rounded) inputs; values are
 # standard normal, so outputs are at most about 4.
@@ -296,7 +296,7 @@ def test_who_joins_the_splits_does_not_matter(device, join_rows, num_splits):
 
 @pytest.mark.parametrize("join_rows", [0, 8], ids=["one-kernel", "two-kernels"])
 def test_later_layers_repeat_the_launch_of_the_first(device, join_rows, monkeypatch):
-    """With their own queries and caches; the interpreter has no launches to repeat."""
+    """With their own queries, sinks and outputs, in any alignment but of equal strides."""
     case = Case((tree("random-30"), None, tree("root-only")), (500, 0, 3), kv_heads=1, group=3,
                 sinks=True, dtype=torch.float16)  # fmt: skip
     plan = plan_attention(
@@ -305,14 +305,14 @@ def test_later_layers_repeat_the_launch_of_the_first(device, join_rows, monkeypa
     )  # fmt: skip
     launches, layer = {}, build(case, device)
     tree_attention(**layer, plan=replace(plan, join_rows=join_rows), launches=launches)
-    if device.type == "cuda":
-        assert [len(kept) for kept in launches.values()] == [1 if join_rows == 0 else 2]
-        monkeypatch.setattr(attention, "launch", None)
-    else:
-        assert launches == {}
+    assert [len(kept) for kept in launches.values()] == [1 if join_rows == 0 else 2]
+    monkeypatch.setattr(attention, "launch", None)
     # The next layer: the batch is the same, its tensors are not.
     for name in ("out", "q", "sinks"):
-        layer[name] = layer[name] * -0.5
+        room = layer[name].new_empty(1 + layer[name].untyped_storage().nbytes())
+        # As many bytes apart, and not where 16 bytes begin.
+        moved = room[1:].as_strided(layer[name].shape, layer[name].stride())
+        layer[name] = moved.copy_(layer[name]).mul_(-0.5)
     exact = in_float64(layer)
     reference.tree_attention(**exact)
     tree_attention(**layer, plan=replace(plan, join_rows=join_rows), launches=launches)
@@ -321,23 +321,14 @@ def test_later_layers_repeat_the_launch_of_the_first(device, join_rows, monkeypa
     assert error <= TOLERANCES[case.dtype], error
 
 
-def test_tensors_that_were_compiled_for_others_are_not_repeated(device):
-    """Queries that start in the middle of 16 bytes: another kernel, the same result."""
-    case = Case((tree("chain-5"),), (40,), dtype=torch.float16)
-    launches, arguments = {}, build(case, device)
-    plan = tree_attention(**arguments, launches=launches)
-    queries = arguments["q"]
-    room = queries.new_empty(queries.numel() + 1)[1:].view(queries.shape)
-    check(case, device, plan=plan, launches=launches, q=room.copy_(queries))
-
-
 def test_repeated_launch_keeps_order_and_moves_what_it_knows():
-    ran, compiled = [], {(2, 3, 1): lambda *values: ran.append(values)}
-    kernel = type("Kernel", (), {"arg_names": ["out", "count", "SIZE"]})
-    repeat = PreparedLaunch(kernel, compiled, (2, 3), {"SIZE": 4, "out": "a", "count": 5})
+    ran = []
+    kernel = {(2, 3): lambda *values, **options: ran.append((values, options))}
+    kernel = type("Kernel", (dict,), {"arg_names": ["out", "count", "SIZE"]})(kernel)
+    repeat = RepeatedLaunch(kernel, (2, 3), {"SIZE": 4, "out": "a", "count": 5}, {"num_warps": 1})
     repeat(out="b", sinks=None)
-    repeat(out="c")
-    assert ran == [("b", 5, 4), ("c", 5, 4)]
+    repeat()
+    assert ran == [(("b", 5, 4), {"num_warps": 1})] * 2
 
 
 @settings(max_examples=25, deadline=None)

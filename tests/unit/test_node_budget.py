@@ -28,6 +28,16 @@ def budget(**changes) -> NodeBudget:
                          "costs": StepCosts(SECONDS)} | changes)  # fmt: skip
 
 
+def test_histories_add_more_the_wider_a_tree_is():
+    """1.17 and 1.22 of what calibration promised of 1 and 3 nodes: 0.05 more a doubling of rows."""
+    plain, both = budget(), budget(lookup=True)
+    assert both.promised[0] == 0.0
+    assert both.promised[1] == pytest.approx(1.17 * plain.promised[1])
+    assert both.promised[3] == pytest.approx(1.22 * plain.promised[3])
+    shares = [b / p for b, p in zip(both.promised[1:], plain.promised[1:], strict=True)]
+    assert shares == sorted(shares)
+
+
 def brute_force(share: float, requests: int, context: int) -> int:
     """Best of the choices, from the formula that SECONDS was made with."""
 
