@@ -122,8 +122,15 @@ def results(tiny, run_series, tmp_path_factory) -> dict[str, dict]:
     return run_series(series)
 
 
+def skip_without_int4_product(results: dict[str, dict], case: str) -> None:
+    """Stock vLLM has no int4 product on CPUs without AVX-512, and so no such model either."""
+    if "cpu_gemm_wna16" in results[case].get("error", ""):
+        pytest.skip("this CPU has no AVX-512, which vLLM's int4 product needs")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_feature_identity(results, case):
+    skip_without_int4_product(results, case)
     expected, found = token_ids(results[case]), token_ids(results[f"{case}, medusa"])
     if case == "abort":
         for batches in (expected, found):
@@ -177,6 +184,7 @@ def test_offloaded_blocks_come_back(results, case):
 
 @pytest.mark.parametrize("case", QUANTISED)
 def test_quantised_is_another_model(results, case):
+    skip_without_int4_product(results, case)
     assert token_ids(results[case]) != token_ids(results["plain"])
 
 

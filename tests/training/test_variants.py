@@ -11,6 +11,7 @@ from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.head_weights import HeadSpec
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.sequential_draft import SequentialDrafter
+from vllm_medusa.sequential_heads import SequentialHeads
 from vllm_medusa.training.calibrate import rank_labels
 from vllm_medusa.training.config import TrainConfig
 from vllm_medusa.training.export import export_heads
@@ -222,9 +223,9 @@ def test_sequential_tree_equals_drafting_node_by_node(kind, tree):
     def apply_lm_head(states):
         return functional.linear(states, weight)
 
-    drafter = SequentialDrafter(heads, shape)
-    found = drafter.draft(hidden, roots, lambda ids: table[ids], apply_lm_head)
-    assert found.shape == (7, len(tree))
+    drafter = SequentialDrafter(SequentialHeads(heads.to_weights()), shape, 7)
+    found = torch.empty(7, len(tree), dtype=torch.int64)
+    drafter.draft(found, hidden, roots, lambda ids: table[ids], apply_lm_head)
     for request, (node, path) in itertools.product(range(7), enumerate(shape.paths)):
         tokens = [int(roots[request])]
         tokens += [int(found[request, shape.paths.index(path[:d])]) for d in range(1, len(path))]
