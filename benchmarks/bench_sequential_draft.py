@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from profile_step import gpu_kernels
 from records import write_record
-from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
+from timing import BANDWIDTH, kernel_benchmark_parser, parse_on_gpu, time_gpu
 from torch.nn import functional
 
 import vllm_medusa
@@ -36,7 +36,6 @@ from vllm_medusa.tree import TokenTree
 
 DEVICE = torch.device("cuda")
 HEADS = Path(vllm_medusa.__file__).parent / "assets" / "smollm2-135m-instruct-sequential"
-BANDWIDTH = 3.0e12  # bytes/s, an H100's measured rate
 DEVIATION = 0.02
 REPLAYS = 20
 

@@ -63,14 +63,7 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="on a CPU: a third side, plain vLLM with the products that Medusa brings",
     )
-    parser.add_argument(
-        "--side",
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="a further side with this speculative_config; HEADS in it stands for the heads, as in "
-        '\'fixed={"method": "medusa", "model": "HEADS", "adaptive": false}\'',
-    )
+    add_side_option(parser)
     parser.add_argument(
         "--kv-cache-gb",
         type=float,
@@ -262,6 +255,18 @@ def measure(
             for name in further
         },
     }
+
+
+def add_side_option(parser: argparse.ArgumentParser) -> None:
+    """``--side``, which :func:`further_sides` reads."""
+    parser.add_argument(
+        "--side",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="a further side with this speculative_config; HEADS in it stands for the heads, as in "
+        '\'fixed={"method": "medusa", "model": "HEADS", "adaptive": false}\'',
+    )
 
 
 def further_sides(given: list[str], heads: str) -> dict[str, dict]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import attention_peers
 import torch
 from records import write_record
-from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
+from timing import BANDWIDTH, kernel_benchmark_parser, parse_on_gpu, time_gpu
 
 from vllm_medusa.triton_kernels import add_tree_attention, attention, reference, tree_attention
 from vllm_medusa.triton_kernels.attention_plan import (
@@ -245,7 +245,7 @@ def floor_us(shape: Shape) -> float:
     keys = shape.context + shape.rows
     kv_bytes = shape.batch * keys * shape.kv_heads * shape.head_size * 2 * 2
     flops = 4 * shape.batch * shape.rows * keys * shape.heads * shape.head_size
-    return max(kv_bytes / 3.0e12, flops / 800e12) * 1e6
+    return max(kv_bytes / BANDWIDTH, flops / 800e12) * 1e6
 
 
 def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:

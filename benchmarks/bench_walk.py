@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from records import write_record
-from timing import kernel_benchmark_parser, parse_on_gpu, time_gpu
+from timing import BANDWIDTH, kernel_benchmark_parser, parse_on_gpu, time_gpu
 
 from vllm_medusa.config import DEFAULT_LOOKUP
 from vllm_medusa.prompt_lookup import PromptLookup
@@ -45,7 +45,6 @@ MAX_LEN = 8192
 CONTEXT = 1000
 NUM_TOP = 10
 NAMES = ("walk", "draft", "scatter", "all", "top", "lookup", "tree", "chosen")
-BANDWIDTH = 3.0e12  # bytes/s, an H100's measured rate
 
 
 class Shape(NamedTuple):

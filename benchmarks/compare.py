@@ -24,7 +24,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench_serving import acceptance, agreement, answer, further_sides, tokens_per_second, with_tail
+from bench_serving import (
+    acceptance,
+    add_side_option,
+    agreement,
+    answer,
+    further_sides,
+    tokens_per_second,
+    with_tail,
+)
 from cells import Cells, add_options, record_head
 from engine_process import EngineError, EngineProcess, one_line
 from load import CLOSED_LOOP, FINITE_BATCH, num_measured
@@ -50,13 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, max_tokens=128, rounds=2, concurrency=[1, 8, 32])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument(
-        "--side",
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="a further contender: its speculative_config; HEADS stands for the heads",
-    )
+    add_side_option(parser)
     parser.add_argument(
         "--again",
         nargs="+",

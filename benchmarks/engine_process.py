@@ -70,7 +70,7 @@ def _serve(pipe: Any, engine_args: dict[str, Any]) -> None:
             llm.llm_engine.engine_core.shutdown()
 
 
-def _token_ids(tokenizer: Any, conversation: list) -> list[int]:
+def token_ids(tokenizer: Any, conversation: list) -> list[int]:
     """Prompt of a list of messages; token ids stay what they are."""
     if conversation and isinstance(conversation[0], int):
         return conversation
@@ -89,7 +89,7 @@ def _run(
     kind = RequestOutputKind.CUMULATIVE if stream else RequestOutputKind.FINAL_ONLY
     params = [SamplingParams(**(sampling | extra), output_kind=kind) for _, extra in requests]
     tokenizer = llm.get_tokenizer()
-    prompts = [{"prompt_token_ids": _token_ids(tokenizer, chat)} for chat, _ in requests]
+    prompts = [{"prompt_token_ids": token_ids(tokenizer, chat)} for chat, _ in requests]
     return answer_all(llm.llm_engine, prompts, params, concurrency, load, stream)
 
 

@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
-from bench_serving import QUESTIONS, further_sides
+from bench_serving import QUESTIONS, add_side_option, further_sides
+from engine_process import token_ids
+from load import answer_all
 from records import spread, write_record
 
 from vllm_medusa.training.prompt_files import read_prompts
@@ -66,13 +68,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--sides", nargs="*", choices=STEP_END, default=list(STEP_END))
-    parser.add_argument(
-        "--side",
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="a further side: its speculative_config; HEADS stands for the heads",
-    )
+    add_side_option(parser)
     return parser.parse_args()
 
 
@@ -163,28 +159,10 @@ def make_prompts(llm: Any, args: argparse.Namespace, concurrency: int) -> list[d
     if args.questions:
         prompts = itertools.islice(itertools.cycle(read_prompts(QUESTIONS).prompts), args.questions)
         chats = [[{"role": "user", "content": prompt.turns[0]}] for prompt in prompts]
-        return [
-            {
-                "prompt_token_ids": tokenizer.apply_chat_template(
-                    chat, add_generation_prompt=True, return_dict=False
-                )
-            }
-            for chat in chats
-        ]
+        return [{"prompt_token_ids": token_ids(tokenizer, chat)} for chat in chats]
     ids = tokenizer.encode(PROMPT)
     ids = (ids * (args.prompt_tokens // len(ids) + 1))[: args.prompt_tokens]
     return [{"prompt_token_ids": ids}] * concurrency
-
-
-def decode(llm: Any, prompts: list[dict[str, Any]], params: Any, concurrency: int) -> None:
-    """Answer all with so many requests in flight."""
-    engine, waiting, in_flight = llm.llm_engine, list(enumerate(prompts)), 0
-    while waiting or in_flight:
-        while waiting and in_flight < concurrency:
-            index, prompt = waiting.pop(0)
-            engine.add_request(str(index), prompt, params)
-            in_flight += 1
-        in_flight -= sum(output.finished for output in engine.step())
 
 
 def profile_side(name: str, extra: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -204,9 +182,10 @@ def profile_side(name: str, extra: dict[str, Any], args: argparse.Namespace) -> 
     found = {}
     for concurrency in args.concurrency:
         prompts = make_prompts(llm, args, concurrency)
-        decode(llm, prompts, params, concurrency)
+        asked = (llm.llm_engine, prompts, [params] * len(prompts), concurrency)
+        answer_all(*asked)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            decode(llm, prompts, params, concurrency)
+            answer_all(*asked)
             torch.cuda.synchronize()
         steps = cut_steps(gpu_kernels(profile), STEP_END["medusa" if extra else "plain"])
         found[str(concurrency)] = summarise(steps)

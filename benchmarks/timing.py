@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+BANDWIDTH = 3.0e12  # bytes/s, an H100's measured rate
+
 
 @dataclass(frozen=True)
 class Timing:

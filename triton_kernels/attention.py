@@ -173,7 +173,7 @@ def tree_attention(
     }  # fmt: skip
     kind = (
         scale, sliding_window, logit_soft_cap, sinks is None, q_scale is None, q.dtype,
-        q.stride(0), out.stride(0), _num_scales(k_scale, v_scale),
+        q.stride(0), out.stride(0), _num_scales(k_scale, v_scale, q_scale),
     )  # fmt: skip
     if plan is not None and launches and kind in launches:
         for repeat in launches[kind]:

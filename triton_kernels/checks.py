@@ -11,6 +11,8 @@ import torch
 # a request has at most a root and 127 nodes.
 WORD_BITS = 64
 MAX_TREE_ROWS = 2 * WORD_BITS
+# What models compute in.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -193,7 +195,7 @@ def check_tree_attention(
     q_scale: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``tree_attention`` documents."""
-    device, floats = q.device, (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    device, floats = q.device, (*FLOATS, torch.float64)
     dtypes = (*floats, *FLOAT8)
     check_tensor("q", q, shape=[None, None, None], dtype=dtypes, device=device)
     computed = floats if q.dtype in FLOAT8 else (q.dtype,)

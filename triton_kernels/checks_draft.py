@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import MAX_TREE_ROWS, at_least, check_tensor, require
+from .checks import FLOATS, MAX_TREE_ROWS, at_least, check_tensor, require
 from .draft_workspace import GROUP, MAX_TOP, DraftWorkspace, num_chunks, num_groups
 from .lookup_types import MAX_MATCH, POSITION_BITS, Chains, LookupWorkspace
 from .tree_types import Candidates, FixedTree, TreeTables
@@ -17,7 +17,6 @@ MAX_CHOSEN_NODES = 63
 # Candidates that the program of a request holds at once; their counts share an int32.
 MAX_CANDIDATES = 4096
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_draft_tree(
@@ -173,7 +172,7 @@ def _check_logits(
 ) -> tuple[int, int, int]:
     """Requests, heads and vocabulary of the heads' logits."""
     device = logits.device
-    check_tensor("logits", logits, shape=[None, None, None], dtype=_FLOATS, device=device)
+    check_tensor("logits", logits, shape=[None, None, None], dtype=FLOATS, device=device)
     num_reqs, num_heads, vocab = logits.shape
     require(num_heads >= 1, "logits", f"{num_heads} heads", "at least 1")
     found, most = f"{vocab} tokens", GROUP * MAX_GROUPS

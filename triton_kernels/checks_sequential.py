@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .checks import at_least, check_tensor, require
+from .checks import FLOATS, at_least, check_tensor, require
 
 # Columns of a row that one program holds at once.
 MAX_SIZE = 32768
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_embed_paths(
@@ -22,7 +21,7 @@ def check_embed_paths(
 ) -> None:
     """Raise ValueError unless the arguments are what ``embed_paths`` documents."""
     device = hidden.device
-    check_tensor("hidden", hidden, shape=[None, None], dtype=_FLOATS, device=device)
+    check_tensor("hidden", hidden, shape=[None, None], dtype=FLOATS, device=device)
     num_reqs, size = hidden.shape
     require(1 <= size <= MAX_SIZE, "hidden", f"{size} columns", f"1..{MAX_SIZE} columns")
     check_tensor("paths", paths, shape=[None, None], dtype=torch.int64, device=device)
@@ -32,7 +31,7 @@ def check_embed_paths(
         ("out", out, [num_reqs * num_parents, depth + 1, size], hidden.dtype),
         ("tokens", tokens, [at_least(num_reqs), None], torch.int64),
         ("root_tokens", root_tokens, [num_reqs], torch.int64),
-        ("embeddings", embeddings, [None, size], _FLOATS),
+        ("embeddings", embeddings, [None, size], FLOATS),
     ):
         check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)
     for name, tensor in (("out", out), ("paths", paths)):
@@ -44,7 +43,7 @@ def check_add_update(
 ) -> None:
     """Raise ValueError unless the arguments are what ``add_update`` documents."""
     device = states.device
-    check_tensor("states", states, shape=[None, None], dtype=_FLOATS, device=device)
+    check_tensor("states", states, shape=[None, None], dtype=FLOATS, device=device)
     for name, tensor in (("out", out), ("update", update)):
         check_tensor(name, tensor, shape=states.shape, dtype=states.dtype, device=device)
     if bias is not None:

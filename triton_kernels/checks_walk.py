@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .checks import MAX_TREE_ROWS, at_least, check_tensor, require, word_axis
+from .checks import FLOATS, MAX_TREE_ROWS, at_least, check_tensor, require, word_axis
 from .walk_types import RequestState, WalkOutput
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_tree_walk(
@@ -78,7 +76,7 @@ def _check_hidden(
     if hidden_states is None:
         return
     shape = [at_least(num_logits), None]
-    check_tensor("hidden_states", hidden_states, shape=shape, dtype=_FLOATS, device=device)
+    check_tensor("hidden_states", hidden_states, shape=shape, dtype=FLOATS, device=device)
     shape = [at_least(num_reqs), hidden_states.shape[1]]
     check_tensor("out.hidden", out_hidden, shape=shape, dtype=hidden_states.dtype, device=device)
 

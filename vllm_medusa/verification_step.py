@@ -212,20 +212,19 @@ class VerificationStep:
         """
         runner, num_reqs = self.runner, input_batch.num_reqs
         buffers, end = runner.input_buffers, num_reqs * rows
-        cu_rows, starts = input_batch.cu_num_logits, input_batch.query_start_loc
-        slots, cu_rows = input_batch.idx_mapping, cu_rows[: num_reqs + 1]
+        starts, ends = (input_batch.cu_num_logits[i : i + num_reqs] for i in (0, 1))
         # [R, rows]: place among the rows of logits
-        places = cu_rows[:-1, None] + torch.arange(rows, device=cu_rows.device)
-        is_row = places < cu_rows[1:, None]
-        source = input_batch.logits_indices[torch.minimum(places, cu_rows[1:, None] - 1)].flatten()
+        places = starts[:, None] + torch.arange(rows, device=starts.device)
+        is_row = places < ends[:, None]
+        source = input_batch.logits_indices[torch.minimum(places, ends[:, None] - 1)].flatten()
         self.hidden_states[:end].copy_(hidden_states[source])
         buffers.positions[:end].copy_(buffers.positions[source])
         tokens = buffers.input_ids[source].masked_fill_(~is_row.flatten(), -1)
         buffers.input_ids[:end].copy_(tokens)
         # The walk counts a tree's rows as the query. Those before them are computed too, and
         # missing ones are not: it takes them for rejected unless all lie inside the prompt.
-        own_rows = cu_rows[1:] - cu_rows[:-1]
-        queries = starts[1 : num_reqs + 1] - starts[:num_reqs]
+        own_rows, slots = ends - starts, input_batch.idx_mapping
+        queries = input_batch.query_start_loc[: num_reqs + 1].diff()
         in_prompt = input_batch.seq_lens[:num_reqs] < self.prefill_len[slots]
         counted = torch.where(in_prompt, rows, own_rows)
         runner.req_states.num_computed_tokens.gpu.index_add_(0, slots, queries - counted)
