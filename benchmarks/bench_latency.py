@@ -20,7 +20,8 @@ import time
 from typing import Any
 
 from cells import Cells, add_options, record_head
-from compare import STOCK, WARM_UP_TOKENS, engine_arguments
+from compare import WARM_UP_TOKENS, engine_arguments
+from contenders import STOCK
 from engine_process import EngineProcess
 from load import FINITE_BATCH
 from records import spread

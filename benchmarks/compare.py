@@ -5,22 +5,22 @@
 Stock plain vLLM stays alive beside one contender after the other and takes turns with it, round
 by round, so that every speed-up has a plain run next to it and a drift of the machine shows in
 them. All see the same first turns of MT-Bench with so many requests in flight all the time (a
-closed loop, load.py), greedily. Contenders that are no part of this project run with the plugin
-off. Those that matter most come first, whatever the order in which they are named.
+closed loop, load.py), at every temperature. Contenders that are no part of this project run with
+the plugin off. Those that matter most come first, whatever the order in which they are named.
+With ``--kv-cache-gb`` plain vLLM and the first contender start together, since starting takes
+about a minute (without it each profiles memory that nobody else may change).
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import functools
 import itertools
-import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +29,21 @@ from bench_serving import (
     add_side_option,
     agreement,
     answer,
-    further_sides,
     tokens_per_second,
     with_tail,
 )
+from cases import Case, case_of
 from cells import Cells, add_options, record_head
+from contenders import SIDES, STOCK, contenders
 from engine_process import EngineError, EngineProcess, one_line
 from load import CLOSED_LOOP, FINITE_BATCH, num_measured
 from records import spread
-from safetensors import safe_open
 
-from vllm_medusa.checkpoint import load_heads
-from vllm_medusa.checkpoint_save import save_heads
-from vllm_medusa.head_weights import HeadWeights
 from vllm_medusa.training.prompt_files import Prompt, choose_prompts, read_prompts
 
-# vLLM as it is without this project; the second hides our stand-in for Triton's CPU backend.
-STOCK = {"VLLM_PLUGINS": "", "TRITON_BACKENDS_IN_TREE": "1"}
-# vLLM's own Medusa and suffix decoding exist on its first runner only.
-STOCK_V1 = STOCK | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-# The order of measuring; sides of --side come after the first.
-SIDES = ("dynamic", "tree", "chain", "vllm-medusa", "ngram_gpu", "ngram", "suffix", "draft")
 WARM_UP_TOKENS = 24
+# A case may take so much longer than the longest before it.
+TIME_MARGIN = 1.2
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, max_tokens=128, rounds=2, concurrency=[1, 8, 32])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
     add_side_option(parser)
     parser.add_argument(
         "--again",
@@ -71,91 +65,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-questions", type=int, default=16, help="thrice the level if more")
     parser.add_argument("--max-model-len", type=int, default=2048)
     return parser.parse_args()
-
-
-def heads_of(model: str, heads: str) -> HeadWeights:
-    """Heads, checked against their target."""
-    target = target_config(model)
-    return load_heads(
-        heads, hidden_size=target["hidden_size"], vocab_size=target["vocab_size"], base_model=model
-    )
-
-
-def target_config(model: str) -> dict[str, Any]:
-    """``config.json`` of the target."""
-    return json.loads((Path(model) / "config.json").read_text())
-
-
-def heads_for_vllm(model: str, heads: str, folder: Path) -> Path:
-    """Heads as vLLM's own loader reads them: with an lm_head in the file, one for all heads.
-
-    Heads that share the target's lm_head are given a copy of it.
-    """
-    weights = heads_of(model, heads)
-    if not weights.spec.own_lm_head:
-        tied = target_config(model).get("tie_word_embeddings")
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        for path in sorted(Path(model).glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                if name in file.keys():  # noqa: SIM118 (no mapping)
-                    lm_head = file.get_tensor(name).to(weights.spec.dtype)
-        spec = dataclasses.replace(weights.spec, own_lm_head=True, common_lm_head=True)
-        weights = dataclasses.replace(weights, spec=spec, lm_head=lm_head[None])
-    save_heads(weights, folder, "D")
-    return folder
-
-
-def contenders(args: argparse.Namespace) -> dict[str, tuple[Callable[[], dict], dict[str, str]]]:
-    """Side -> (what makes its speculative_config, environment), in the order of measuring."""
-    ours = {"method": "medusa", "model": args.heads}
-    drafts = {"num_speculative_tokens": args.draft_tokens}
-    lookup = drafts | {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
-
-    def num_heads() -> int:
-        return heads_of(args.model, args.heads).spec.num_heads
-
-    def chain() -> dict:
-        return ours | {"tree": [1] * num_heads()}
-
-    def stock_medusa() -> dict:
-        copy = heads_for_vllm(args.model, args.heads, args.out.with_suffix(".heads"))
-        return {
-            "method": "medusa",
-            "model": str(copy),
-            "num_speculative_tokens": num_heads(),
-        }
-
-    def suffix() -> dict:
-        if find_spec("arctic_inference") is None:
-            raise RuntimeError("suffix decoding needs arctic-inference, which is not installed")
-        return {"method": "suffix"}
-
-    def draft() -> dict:
-        if args.draft_model is None:
-            raise RuntimeError("no --draft-model given")
-        return drafts | {"method": "draft_model", "model": args.draft_model}
-
-    known: dict[str, tuple[Callable[[], dict], dict[str, str]]] = {
-        "tree": (lambda: ours | {"tree": "static"}, {}),
-        "dynamic": (lambda: ours | {"tree": "dynamic"}, {}),
-        "chain": (chain, {}),
-        "vllm-medusa": (stock_medusa, STOCK_V1),
-        "ngram": (lambda: lookup | {"method": "ngram"}, STOCK),
-        "ngram_gpu": (lambda: lookup | {"method": "ngram_gpu"}, STOCK),
-        "suffix": (suffix, STOCK_V1),
-        "draft": (draft, STOCK),
-    }
-    chosen: dict[str, tuple[Callable[[], dict], dict[str, str]]] = {}
-    for name, extra in further_sides(args.side, args.heads).items():
-        config = extra["speculative_config"]
-        own = config.get("method") == "medusa"
-        chosen[name] = (functools.partial(dict, config), {} if own else STOCK)
-    first, rest = SIDES[:1], SIDES[1:]
-    return (
-        {name: known[name] for name in first if name in args.sides}
-        | chosen
-        | {name: known[name] for name in rest if name in args.sides}
-    )
 
 
 def steps_of(run: dict[str, Any]) -> dict[str, float]:
@@ -182,19 +91,21 @@ def measure(
     side: EngineProcess,
     pool: list[Prompt],
     args: argparse.Namespace,
-    level: int,
+    case: Case,
 ) -> dict[str, Any]:
-    """One contender beside plain decoding at one concurrency."""
+    """One contender beside plain decoding in one case."""
+    level, heat = case
     count = num_measured(args.num_questions, level)
     questions = list(itertools.islice(itertools.cycle(pool), count))
     both = {"plain": plain, "side": side}
     short = argparse.Namespace(**vars(args) | {"max_tokens": WARM_UP_TOKENS})
-    for engine in both.values():
-        answer(engine, questions[: max(2, level)], short, level, 0.0, FINITE_BATCH)
+    answer(plain, questions[: max(2, level)], short, level, heat, FINITE_BATCH)
+    # Long enough for what a contender learns while it serves: Medusa's nodes of a step.
+    answer(side, questions[: max(4, 2 * level)], args, level, heat, FINITE_BATCH)
     runs: dict[str, list] = {name: [] for name in both}
     for index in range(args.rounds):
         for name in list(both)[:: 1 if index % 2 == 0 else -1]:
-            runs[name].append(answer(both[name], questions, args, level, 0.0))
+            runs[name].append(answer(both[name], questions, args, level, heat))
     rates = {name: [tokens_per_second(run) for run in own] for name, own in runs.items()}
     steps = {name: [steps_of(run) for run in own] for name, own in runs.items()}
     has_counts = all(
@@ -211,7 +122,7 @@ def measure(
         "step_ms": spread([s["step_ms"] for s in steps["side"]]),
         "plain_step_ms": spread([s["step_ms"] for s in steps["plain"]]),
         "accepted_by_depth": found.get("accepted_by_depth"),
-        "agreement": agreement(runs["plain"][-1], runs["side"][-1], plain),
+        "agreement": agreement(runs["plain"][-1], runs["side"][-1], plain) if heat == 0 else None,
     }
 
 
@@ -232,32 +143,38 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_side(
     name: str,
-    levels: list[int],
+    cases: list[Case],
     start: Callable[[], EngineProcess],
     plain: EngineProcess,
     pool: list[Prompt],
     args: argparse.Namespace,
     cells: Cells,
-    took: dict[int, float],
+    took: dict[int | None, float],
 ) -> None:
-    """All levels that are left of one contender; a failure is a cell too.
+    """All cases that are left of one contender; a failure is a cell too.
 
-    ``took``: the longest that each level took so far, in seconds; kept up to date.
+    ``took``: the longest that each concurrency took so far, in seconds, and under None the longest
+    start; kept up to date.
     """
     side, failure = None, {"side": name, "concurrency": None}
     try:
-        side = start()
-        side.wait_ready()
-        for level in levels:
-            if not cells.has_time(1.5 * took.get(level, 0.0)):
-                print(f"{name}: no time for {level} request(s) at once", flush=True)
+        with timed(took, None):
+            side = start()
+            for engine in (plain, side):
+                engine.wait_ready()
+        print(f"{name}: a start takes {took[None]:.0f} s at most", flush=True)
+        for case in cases:
+            # One that was not measured yet is taken to last as long as the longest one.
+            longest = max((time for level, time in took.items() if level is not None), default=0.0)
+            if not cells.has_time(TIME_MARGIN * took.get(case.concurrency, longest)):
+                print(f"{name}: no time for {case}", flush=True)
                 continue
-            began = time.monotonic()
-            found = measure(plain, side, pool, args, level)
-            took[level] = max(took.get(level, 0.0), time.monotonic() - began)
+            with timed(took, case.concurrency):
+                found = measure(plain, side, pool, args, case)
             cells.remove(failure)
-            cells.add({"side": name, "concurrency": level}, found)
-            print(f"{name}, {level} at once: {line(found)}", flush=True)
+            cells.add(case.key(name), found)
+            took_s = took[case.concurrency]
+            print(f"{name}, {case}, {took_s:.0f} s at most: {line(found)}", flush=True)
     # Whatever it is that a contender lacks: the others go on.
     except Exception as error:
         is_engine = isinstance(error, EngineError)
@@ -272,16 +189,24 @@ def run_side(
             side.close()
 
 
+@contextlib.contextmanager
+def timed(took: dict[int | None, float], what: int | None) -> Iterator[None]:
+    """Note how long the block takes, if it is the longest of its kind."""
+    began = time.monotonic()
+    yield
+    took[what] = max(took.get(what, 0.0), time.monotonic() - began)
+
+
 def left_to_do(
-    cells: Cells, sides: list[str], levels: list[int], again: list[str]
-) -> dict[str, list[int]]:
-    """Levels to measure by contender; one that failed is left out unless it is to run again."""
+    cells: Cells, sides: list[str], cases: list[Case], again: list[str]
+) -> dict[str, list[Case]]:
+    """Cases to measure by contender; one that failed is left out unless it is to run again."""
     if unknown := set(again) - set(sides):
         raise ValueError(
             f"--again names {sorted(unknown)}, expected some of {sides}; add them to --sides"
         )
     return {
-        name: [n for n in levels if name in again or {"side": name, "concurrency": n} not in cells]
+        name: [case for case in cases if name in again or case.key(name) not in cells]
         for name in sides
         if name in again or {"side": name, "concurrency": None} not in cells
     }
@@ -289,30 +214,27 @@ def left_to_do(
 
 def line(cell: dict[str, Any]) -> str:
     """One cell in words."""
-    same = cell["agreement"]
-    parted = same["first_divergences"]
-    where = f", the first to part at token {parted[0]['position']}" if parted else ""
-    return (
+    text = (
         f"{cell['tokens_per_s']['median']:.1f} tok/s, {cell['speedup']['median']:.2f} times plain, "
         f"{cell['tokens_per_step']:.2f} tokens per step, {cell['step_ms']['median']:.2f} ms a step "
-        f"(plain {cell['plain_step_ms']['median']:.2f}), {same['identical']} of "
-        f"{same['first_turns_compared']} answers identical{where}"
+        f"(plain {cell['plain_step_ms']['median']:.2f})"
     )
+    if (same := cell["agreement"]) is None:
+        return text
+    parted = same["first_divergences"]
+    where = f", the first to part at token {parted[0]['position']}" if parted else ""
+    return f"{text}, {same['identical']} of {same['first_turns_compared']} answers identical{where}"
 
 
 def winners(cells: list[dict[str, Any]]) -> list[str]:
-    """Who is fastest at each concurrency, and who loses to plain decoding."""
+    """Who is fastest in each case, and who loses to plain decoding."""
     lines = []
-    for level in sorted({c["key"]["concurrency"] for c in cells if "failed" not in c}):
-        speeds = {
-            c["key"]["side"]: c["speedup"]["median"]
-            for c in cells
-            if c["key"]["concurrency"] == level
-        }
+    for case in sorted({case_of(c) for c in cells if "failed" not in c}):
+        speeds = {c["key"]["side"]: c["speedup"]["median"] for c in cells if case_of(c) == case}
         ranked = sorted(speeds, key=lambda name: -speeds[name])
         ordered = ", ".join(f"{name} {speeds[name]:.2f}" for name in ranked)
         best = ranked[0] if speeds[ranked[0]] > 1 else "plain"
-        lines.append(f"{level} at once: {best} wins ({ordered}; plain 1)")
+        lines.append(f"{case}: {best} wins ({ordered}; plain 1)")
     return lines
 
 
@@ -331,9 +253,9 @@ def main() -> None:
     pool = choose_prompts(read_prompts(args.questions).prompts, None)
     args.turns = 1
     sides = contenders(args)
-    todo = left_to_do(cells, list(sides), args.concurrency, args.again)
+    cases = [Case(n, heat) for heat in args.temperature for n in args.concurrency]
+    todo = left_to_do(cells, list(sides), cases, args.again)
     if any(todo.values()):
-        began = time.monotonic()
         plain = EngineProcess("plain", common, STOCK)
         metrics = {"per_request_spec_decode_metrics": "summary"}
 
@@ -342,16 +264,16 @@ def main() -> None:
             extra = metrics | {"speculative_config": config()}
             return EngineProcess(name, common | extra, environment)
 
-        took: dict[int, float] = {}
+        took: dict[int | None, float] = {}
         try:
-            plain.wait_ready()
-            needed = time.monotonic() - began
-            for name, levels in todo.items():
-                if levels and not cells.has_time(1.5 * needed):
+            if args.kv_cache_gb is None:
+                plain.wait_ready()
+            for name, left in todo.items():
+                if left and not cells.has_time(TIME_MARGIN * took.get(None, 0.0)):
                     print(f"{name}: no time to start it", flush=True)
-                elif levels:
+                elif left:
                     starter = functools.partial(start, name)
-                    run_side(name, levels, starter, plain, pool, args, cells, took)
+                    run_side(name, left, starter, plain, pool, args, cells, took)
         finally:
             plain.close()
     print("\n".join(winners(cells.cells)))

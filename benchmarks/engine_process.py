@@ -147,7 +147,7 @@ class EngineProcess:
         self, name: str, engine_args: dict[str, Any], environment: dict[str, str] | None = None
     ):
         context = multiprocessing.get_context("spawn")
-        self.name = name
+        self.name, self._is_ready = name, False
         self._pipe, child = context.Pipe()
         self._process = context.Process(target=_serve, args=(child, engine_args))
         # vLLM reads some of them while it is imported.
@@ -175,8 +175,10 @@ class EngineProcess:
         return self._receive()
 
     def wait_ready(self, timeout: float = START_TIMEOUT_S) -> None:
-        """Block until the engine has loaded and compiled."""
-        self._receive(timeout)
+        """Block until the engine has loaded and compiled; at once where it did before."""
+        if not self._is_ready:
+            self._receive(timeout)
+            self._is_ready = True
 
     def run(
         self,

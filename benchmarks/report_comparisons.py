@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cases import Case, case_of
 from report_tables import device, load_of, measured_table
 
 
@@ -31,36 +32,42 @@ def compare_section(path: Path) -> str:
     record = json.loads(path.read_text())
     cells = [cell for cell in record["cells"] if "failed" not in cell]
     failed = [cell for cell in record["cells"] if "failed" in cell]
-    best: dict[int, float] = {}
+    best: dict[Case, float] = {}
     for cell in cells:
-        level = cell["key"]["concurrency"]
-        best[level] = max(best.get(level, 1.0), cell["speedup"]["median"])
+        case = case_of(cell)
+        best[case] = max(best.get(case, 1.0), cell["speedup"]["median"])
+    heats = sorted({case.temperature for case in best})
     rows = []
     for cell in sorted(
-        cells, key=lambda cell: (cell["key"]["concurrency"], -cell["speedup"]["median"])
+        cells,
+        key=lambda cell: (case_of(cell)[::-1], -cell["speedup"]["median"]),
     ):
-        level, same = cell["key"]["concurrency"], cell["agreement"]
-        parted = same["first_divergences"]
-        speed = ratio(cell["speedup"])
+        case, same = case_of(cell), cell["agreement"]
+        parted = same and same["first_divergences"]
+        speed, gain = ratio(cell["speedup"]), cell["speedup"]["median"]
         rows.append(
             [
-                str(level), cell["key"]["side"],
+                *([f"{case.temperature:g}"] if len(heats) > 1 else []),
+                str(case.concurrency), cell["key"]["side"],
                 f"{cell['tokens_per_s']['median']:.1f}",
-                f"**{speed}**" if cell["speedup"]["median"] == best[level] else speed,
-                f"{cell['tokens_per_step']:.2f}",
+                f"**{speed}**" if gain == best[case] else speed,
+                f"{cell['tokens_per_step']:.2f}", f"{gain / cell['tokens_per_step']:.2f}",
                 f"{cell['step_ms']['median']:.2f} ({cell['plain_step_ms']['median']:.2f})",
-                f"{same['identical']} of {same['first_turns_compared']}",
+                f"{same['identical']} of {same['first_turns_compared']}" if same else "-",
                 str(parted[0]["position"]) if parted else "-",
             ]
         )  # fmt: skip
     header = [
+        *(["temperature"] if len(heats) > 1 else []),
         "requests at once", "contender", "tok/s", "speed-up over plain", "tokens per step",
-        "ms a step (plain)", "answers identical to plain", "first to part at token",
+        "speed-up / tokens per step", "ms a step (plain)", "answers identical to plain",
+        "first to part at token",
     ]  # fmt: skip
+    at = "" if len(heats) > 1 else f"temperature {', '.join(f'{heat:g}' for heat in heats)}, "
     left_out = "; ".join(f"{cell['key']['side']}: {cell['failed']}" for cell in failed)
     text = (
         f"**Head to head, {record['label']} on {device(record)}**, first turns of MT-Bench, "
-        f"{load_of(record)}, at most {record['max_tokens']} tokens, temperature 0, "
+        f"{load_of(record)}, at most {record['max_tokens']} tokens, {at}"
         f"{record['rounds']} rounds, {record['order']}; {commits(record)};"
     )
     notes = f"\n\nNot measured: {left_out}." if left_out else ""

@@ -33,7 +33,7 @@ def cells(tmp_path):
 
 
 def test_what_matters_most_is_measured_first():
-    from compare import contenders
+    from contenders import contenders
 
     args = arguments(
         *("--sides", "suffix", "ngram", "tree", "ngram_gpu", "chain", "vllm-medusa", "dynamic"),
@@ -47,15 +47,22 @@ def test_what_matters_most_is_measured_first():
 
 
 def test_measured_and_failed_cells_are_left_out_unless_named_again(cells):
+    from cases import Case
     from compare import left_to_do
 
+    one, eight = Case(1), Case(8)
     cells.add({"side": "tree", "concurrency": 8}, {})
     cells.add({"side": "suffix", "concurrency": None}, {"failed": "absent"})
     sides = ["tree", "suffix"]
-    assert left_to_do(cells, sides, [1, 8], []) == {"tree": [1]}
-    assert left_to_do(cells, sides, [1, 8], sides) == {"tree": [1, 8], "suffix": [1, 8]}
+    assert left_to_do(cells, sides, [one, eight], []) == {"tree": [one]}
+    both = {"tree": [one, eight], "suffix": [one, eight]}
+    assert left_to_do(cells, sides, [one, eight], sides) == both
+    # Greedy cells are those of records from before there was a temperature.
+    assert left_to_do(cells, ["tree"], [eight, Case(8, 0.7)], []) == {"tree": [Case(8, 0.7)]}
+    cells.add(Case(8, 0.7).key("tree"), {})
+    assert left_to_do(cells, ["tree"], [eight, Case(8, 0.7)], []) == {"tree": []}
     with pytest.raises(ValueError, match=r"--again names \['chain'\], expected some of"):
-        left_to_do(cells, sides, [1], ["chain"])
+        left_to_do(cells, sides, [one], ["chain"])
 
 
 @pytest.mark.parametrize("old", [{}, {"load": "finite batch"}], ids=["unnamed", "finite"])
@@ -83,12 +90,13 @@ class Side:
         self.closed = True
 
 
-def run_one(monkeypatch, cells, side, measured, took=None):
+def run_one(monkeypatch, cells, side, measured, took=None, plain=None):
     """``run_side`` at 1 and 8 with known measurements, exceptions among them."""
     import compare
+    from cases import Case
 
-    def measure(plain, side, pool, args, level):
-        found = measured[level]
+    def measure(plain, side, pool, args, case):
+        found = measured[case.concurrency]
         if isinstance(found, Exception):
             raise found
         return found
@@ -96,7 +104,9 @@ def run_one(monkeypatch, cells, side, measured, took=None):
     monkeypatch.setattr(compare, "measure", measure)
     monkeypatch.setattr(compare, "line", str)
     start = side if callable(side) else lambda: side
-    compare.run_side("s", [1, 8], start, Side("plain"), [], Namespace(), cells, took or {})
+    cases = [Case(1), Case(8)]
+    plain, took = plain or Side("plain"), {} if took is None else took
+    compare.run_side("s", cases, start, plain, [], Namespace(), cells, took)
     return {cell["key"]["concurrency"]: cell for cell in cells.cells}
 
 
@@ -109,10 +119,10 @@ def test_engine_that_does_not_start_is_one_line(monkeypatch, cells):
 
 
 def test_missing_package_is_one_line(monkeypatch, cells):
-    import compare
+    import contenders
 
-    monkeypatch.setattr(compare, "find_spec", lambda name: None)
-    make, _ = compare.contenders(arguments("--sides", "suffix"))["suffix"]
+    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
+    make, _ = contenders.contenders(arguments("--sides", "suffix"))["suffix"]
     found = run_one(monkeypatch, cells, make, {})
     assert found[None]["failed"] == (
         "RuntimeError: suffix decoding needs arctic-inference, which is not installed"
@@ -137,6 +147,10 @@ def test_failing_plain_engine_ends_the_run(monkeypatch, cells):
     with pytest.raises(EngineError, match="engine 'plain' failed: out of memory"):
         run_one(monkeypatch, cells, side, {1: EngineError("plain", "out of memory")})
     assert side.closed and not cells.cells
+    side, plain = Side("s"), Side("plain", EngineError("plain", "no GPU"))
+    with pytest.raises(EngineError, match="engine 'plain' failed: no GPU"):
+        run_one(monkeypatch, cells, side, {}, plain=plain)
+    assert side.closed and not cells.cells
 
 
 def test_level_without_time_is_left_out(monkeypatch, tmp_path):
@@ -145,6 +159,19 @@ def test_level_without_time_is_left_out(monkeypatch, tmp_path):
     cells = Cells(tmp_path / "r.json", {}, time_limit=60)
     found = run_one(monkeypatch, cells, Side("s"), {8: {"v": 3}}, {1: 50.0, 8: 30.0})
     assert list(found) == [8]
+
+
+@pytest.mark.parametrize(
+    ("took", "measured"),
+    [({None: 500.0, 1: 40.0}, [1, 8]), ({None: 0.0, 2: 55.0, 8: 40.0}, [8])],
+    ids=["a start is no measure", "unknown levels are as long as the longest"],
+)
+def test_level_that_was_not_measured_yet(monkeypatch, tmp_path, took, measured):
+    from cells import Cells
+
+    cells = Cells(tmp_path / "r.json", {}, time_limit=60)
+    assert list(run_one(monkeypatch, cells, Side("s"), {1: {}, 8: {}}, took)) == measured
+    assert took[8] == 40.0 or measured == [1, 8]
 
 
 def test_engine_whose_process_ends_is_named_with_its_code(monkeypatch):
@@ -180,7 +207,8 @@ class Engine:
         self.seconds, self.tail, self.asked = seconds, tail, []
 
     def run(self, requests, sampling, level, *, load):
-        self.asked.append((len(requests), sampling["max_tokens"], level, load))
+        heat = sampling["temperature"]
+        self.asked.append((len(requests), sampling["max_tokens"], level, load, heat))
         answer = {
             "token_ids": [1] * 10, "prompt_token_ids": [2], "text": "t", "seconds": self.seconds,
             "accepted_histogram": None,
@@ -189,8 +217,9 @@ class Engine:
                 "answers": [answer] * len(requests)}  # fmt: skip
 
 
-@pytest.mark.parametrize(("level", "count"), [(1, 4), (2, 6)])
-def test_speed_up_is_the_closed_loops(level, count):
+@pytest.mark.parametrize(("level", "count", "heat"), [(1, 4, 0.0), (2, 6, 0.0), (2, 6, 0.7)])
+def test_speed_up_is_the_closed_loops(level, count, heat):
+    from cases import Case
     from compare import measure
 
     plain, side = Engine(10.0, 10.0), Engine(5.0, 8.0)
@@ -198,9 +227,11 @@ def test_speed_up_is_the_closed_loops(level, count):
         num_questions=4, turns=1, max_tokens=32, rounds=2, seed=0, synthetic_acceptance=None
     )
     pool = [SimpleNamespace(turns=["q"], category="c")] * 5
-    found = measure(plain, side, pool, args, level)
-    loop, warm_up = "closed loop", (2, 24, level, "finite batch")
-    assert plain.asked == side.asked == [warm_up, *[(count, 32, level, loop)] * 2]
+    found = measure(plain, side, pool, args, Case(level, heat))
+    rounds = [(count, 32, level, "closed loop", heat)] * 2
+    assert plain.asked == [(2, 24, level, "finite batch", heat), *rounds]
+    assert side.asked == [(4, 32, level, "finite batch", heat), *rounds]
+    assert (found["agreement"] is None) == (heat > 0)
     assert found["num_questions"] == count
     assert found["speedup"]["median"] == 2.0
     assert found["tokens_per_s"]["median"] == 2 * count

@@ -55,7 +55,7 @@ def test_steps_are_tokens_without_accepted_drafts():
 
 
 def test_heads_for_vllm_bring_the_targets_lm_head(tmp_path):
-    from compare import heads_for_vllm
+    from contenders import heads_for_vllm
     from safetensors import safe_open
 
     from vllm_medusa.checkpoint import load_heads
@@ -152,9 +152,22 @@ def test_who_wins_where(tmp_path, monkeypatch):
         "8 at once: plain wins (tree 0.90; plain 1)",
     ]
     text = section("compare_section", {"order": "o", "cells": cells}, tmp_path, monkeypatch)
-    assert "| 1 | tree | 9.0 | **2.00 (2.00-2.00)** | 1.50 | 2.00 (1.00) | 1 of 2 | - |" in text
-    assert "| 1 | ngram | 9.0 | 1.10 (1.10-1.10) | 1.50 | 2.00 (1.00) | 1 of 2 | 4 |" in text
+    assert (
+        "| 1 | tree | 9.0 | **2.00 (2.00-2.00)** | 1.50 | 1.33 | 2.00 (1.00) | 1 of 2 | - |" in text
+    )
+    assert "| 1 | ngram | 9.0 | 1.10 (1.10-1.10) | 1.50 | 0.73 | 2.00 (1.00) | 1 of 2 | 4 |" in text
     assert "| 8 | tree | 9.0 | 0.90" in text and "Not measured: suffix: absent." in text
+    assert "at most 8 tokens, temperature 0, 1 rounds" in text
+    warm = compared("tree", 1, 0.95, []) | {"agreement": None}
+    warm["key"]["temperature"] = 0.7
+    assert (
+        winners([*cells, warm])[1] == "1 at once, temperature 0.7: plain wins (tree 0.95; plain 1)"
+    )
+    text = section(
+        "compare_section", {"order": "o", "cells": [*cells, warm]}, tmp_path, monkeypatch
+    )
+    assert "| 0 | 1 | tree | 9.0 | **2.00" in text and "at most 8 tokens, 1 rounds" in text
+    assert "| 0.7 | 1 | tree | 9.0 | 0.95 (0.95-0.95) | 1.50 | 0.63 | 2.00 (1.00) | - | - |" in text
 
 
 @pytest.mark.parametrize(
