@@ -6,23 +6,25 @@ Per concurrency and round both sides answer the same questions (both turns, the
 second with the side's own first answer), in alternating order, with that many requests
 in flight all the time (a closed loop, load.py).  The record holds medians over rounds,
 tokens per step with spread and by category, accepted tokens by depth, and where the two
-sides' greedy answers part.
+sides' greedy answers part.  Every concurrency is written when it is measured, and skipped by
+the next call with the same options.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import add_side_option, further_sides
 from engine_process import EngineProcess, benchmarks_on_path
 from load import CLOSED_LOOP, FINITE_BATCH, num_measured
-from records import spread, write_record
+from records import earlier_record, spread, write_record
 from synthetic_profile import MOST_NODES, PAPER_TOKENS_PER_STEP, write_tree
 
 from vllm_medusa.checkpoint import load_heads
@@ -38,6 +40,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", required=True, help="Medusa heads")
     parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
     parser.add_argument("--label", default=None, help="how tables name the model")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="start no concurrency that would probably end later; the next call goes on",
+    )
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
     parser.add_argument(
         "--num-questions",
@@ -68,7 +77,8 @@ def parse_args() -> argparse.Namespace:
         "--kv-cache-gb",
         type=float,
         default=None,
-        help="KV cache of each side; without it each side profiles the memory that it finds",
+        help="KV cache of each side, and all start together; without it one after the other, since "
+        "each profiles the memory that it finds",
     )
     parser.add_argument(
         "--synthetic-acceptance",
@@ -257,30 +267,6 @@ def measure(
     }
 
 
-def add_side_option(parser: argparse.ArgumentParser) -> None:
-    """``--side``, which :func:`further_sides` reads."""
-    parser.add_argument(
-        "--side",
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="a further side with this speculative_config; HEADS in it stands for the heads, as in "
-        '\'fixed={"method": "medusa", "model": "HEADS", "adaptive": false}\'',
-    )
-
-
-def further_sides(given: list[str], heads: str) -> dict[str, dict]:
-    """Engine arguments of the sides named on the command line."""
-    sides = {}
-    for text in given:
-        name, _, config = text.partition("=")
-        config = json.loads(config)
-        if config.get("model") == "HEADS":
-            config["model"] = heads
-        sides[name] = {"speculative_config": config}
-    return sides
-
-
 def synthetic_side(args: argparse.Namespace, speculative: dict, max_num_seqs: int) -> dict:
     """Engine arguments under which a side's drafts are accepted by chance."""
     nodes = args.nodes or MOST_NODES
@@ -299,10 +285,8 @@ def synthetic_side(args: argparse.Namespace, speculative: dict, max_num_seqs: in
     return side
 
 
-def document(
-    args: argparse.Namespace, common: dict, speculative: dict, results: list[dict]
-) -> dict[str, Any]:
-    """The record of the results so far."""
+def document(args: argparse.Namespace, common: dict, speculative: dict) -> dict[str, Any]:
+    """What all results of a record have in common."""
     settings = {
         name: value
         for name, value in os.environ.items()
@@ -322,13 +306,12 @@ def document(
         "max_tokens": args.max_tokens,
         "rounds": args.rounds,
         "environment": settings,
-        "results": results,
     }
 
 
 def main() -> None:
     """Start both engines, measure, write the record."""
-    args = parse_args()
+    args, began = parse_args(), time.monotonic()
     pool = read_prompts(args.questions).prompts
     common: dict[str, Any] = {
         "model": args.model,
@@ -363,18 +346,32 @@ def main() -> None:
             # vLLM's compiled graphs are kept under a hash that leaves the worker out.
             "additional_config": {"products": "rows"},
         }
+    head = document(args, common, speculative)
+    old = earlier_record(args.out, head)
+    results = [] if old is None else old["results"]
+    done = {(result["temperature"], result["concurrency"]) for result in results}
+    todo = [
+        case for case in itertools.product(args.temperature, args.concurrency) if case not in done
+    ]
     sides: dict[str, EngineProcess] = {}
+    took = 0.0
     try:
-        for name, extra in extras.items():
+        for name, extra in extras.items() if todo else ():
             sides[name] = EngineProcess(name, common | extra, benchmarks_on_path())
-            # One after the other: each profiles free memory and times its steps while it starts.
-            sides[name].wait_ready()
-        print("all engines ready", flush=True)
-        results = []
-        for temperature, level in itertools.product(args.temperature, args.concurrency):
+            if args.kv_cache_gb is None:
+                # Each profiles free memory while it starts.
+                sides[name].wait_ready()
+        for side in sides.values():
+            side.wait_ready()
+        print(f"all engines ready after {time.monotonic() - began:.0f} s", flush=True)
+        for temperature, level in todo:
+            if time.monotonic() + 1.2 * took > began + args.time_limit:
+                print(f"no time for concurrency {level}, T={temperature:g}", flush=True)
+                continue
+            since = time.monotonic()
             results.append(measure(sides, pool, args, level, temperature))
-            # Every level anew, so that a run that is cut short leaves what it has measured.
-            write_record(args.out, document(args, common, speculative, results))
+            took = max(took, time.monotonic() - since)
+            write_record(args.out, head | {"results": results})
     finally:
         for side in sides.values():
             side.close()

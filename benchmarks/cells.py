@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from bench_serving import QUESTIONS
-from records import write_record
+from records import earlier_record, write_record
 
 from vllm_medusa.provenance import git_sha
 
@@ -73,17 +72,8 @@ class Cells:
     def __init__(self, path: Path, head: dict[str, Any], time_limit: float = float("inf")):
         self.path, self.head = path, head
         self._end = time.monotonic() + time_limit
-        self.cells: list[dict[str, Any]] = []
-        if not path.exists():
-            return
-        old = json.loads(path.read_text())
-        for name, value in head.items():
-            if old.get(name) != value:
-                raise ValueError(
-                    f"{path}: {name} is {old.get(name)!r} there and {value!r} now; "
-                    "choose another --out"
-                )
-        self.cells = old["cells"]
+        old = earlier_record(path, head)
+        self.cells: list[dict[str, Any]] = [] if old is None else old["cells"]
 
     def __contains__(self, key: dict[str, Any]) -> bool:
         return any(cell["key"] == key for cell in self.cells)

@@ -26,7 +26,6 @@ from typing import Any
 
 from bench_serving import (
     acceptance,
-    add_side_option,
     agreement,
     answer,
     tokens_per_second,
@@ -34,7 +33,7 @@ from bench_serving import (
 )
 from cases import Case, case_of
 from cells import Cells, add_options, record_head
-from contenders import SIDES, STOCK, contenders
+from contenders import SIDES, STOCK, add_side_option, contenders
 from engine_process import EngineError, EngineProcess, one_line
 from load import CLOSED_LOOP, FINITE_BATCH, num_measured
 from records import spread

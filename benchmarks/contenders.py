@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench_serving import further_sides
 from safetensors import safe_open
 
 from vllm_medusa.checkpoint import load_heads
@@ -24,6 +23,30 @@ STOCK = {"VLLM_PLUGINS": "", "TRITON_BACKENDS_IN_TREE": "1"}
 STOCK_V1 = STOCK | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 # The order of measuring; sides of --side come after the first.
 SIDES = ("dynamic", "tree", "chain", "vllm-medusa", "ngram_gpu", "ngram", "suffix", "draft")
+
+
+def add_side_option(parser: argparse.ArgumentParser) -> None:
+    """``--side``, which :func:`further_sides` reads."""
+    parser.add_argument(
+        "--side",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="a further side with this speculative_config; HEADS in it stands for the heads, as in "
+        '\'fixed={"method": "medusa", "model": "HEADS", "adaptive": false}\'',
+    )
+
+
+def further_sides(given: list[str], heads: str) -> dict[str, dict]:
+    """Engine arguments of the sides named on the command line."""
+    sides = {}
+    for text in given:
+        name, _, config = text.partition("=")
+        config = json.loads(config)
+        if config.get("model") == "HEADS":
+            config["model"] = heads
+        sides[name] = {"speculative_config": config}
+    return sides
 
 
 def heads_of(model: str, heads: str) -> HeadWeights:

@@ -22,6 +22,25 @@ def spread(values: list[float]) -> dict[str, Any]:
     }
 
 
+def earlier_record(path: Path, head: dict[str, Any]) -> dict[str, Any] | None:
+    """The record that a run goes on with, None where there is none yet.
+
+    Raises
+    ------
+    ValueError
+        What all its rows have in common (``head``, JSON types only) differs there.
+    """
+    if not path.exists():
+        return None
+    old = json.loads(path.read_text())
+    for name, value in head.items():
+        if old.get(name) != value:
+            raise ValueError(
+                f"{path}: {name} is {old.get(name)!r} there and {value!r} now; choose another --out"
+            )
+    return old
+
+
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write ``record`` with provenance (command, commit, device, versions) as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -158,7 +158,7 @@ def test_records_and_tables_say_that_it_is_synthetic(tmp_path, monkeypatch):
     arguments = ["x", "--model", "M", "--heads", "H", "--out", str(tmp_path / "r.json")]
     arguments += ["--synthetic-acceptance", "3.47"]
     monkeypatch.setattr(sys, "argv", arguments)
-    document = bench_serving.document(bench_serving.parse_args(), {}, {}, [])
+    document = bench_serving.document(bench_serving.parse_args(), {}, {})
     assert document["synthetic_acceptance"] == 3.47
     values = {"median": 2.0, "min": 1.0, "max": 3.0}
     found = {"tokens_per_step": 3.5, "accepted_by_depth": [0.9], "tokens_per_step_by_category": {}}
