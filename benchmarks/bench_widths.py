@@ -2,11 +2,13 @@
 
     python benchmarks/bench_widths.py --model MODEL --heads HEADS --out record.json
 
-One engine with ``adaptive`` on; per cell it is held at each width in turn, between rounds of its
-own choice, so that all are measured with the same graphs, interleaved.  Prompts of a length are
-different MT-Bench questions with the model's own answers, in an order of their own, and a last
-question; the prefix cache keeps them, so that rounds after the first are decoding only.  Rounds
-are closed loops (load.py) over the prompts, which come again where a loop needs more.
+One engine with ``adaptive`` on; per cell it is held at each width for one short round, and the best
+of them then take turns with its own choice, so that all are measured with the same graphs,
+interleaved.  Prompts of a length are different MT-Bench questions with the model's own answers, in
+an order of their own, and a last question; the prefix cache keeps them, so that rounds after the
+first are decoding only.  Rounds are closed loops (load.py) over the prompts, which come again where
+a loop needs more.  Cells of few tokens in the cache come first: a time limit leaves the most of
+them.  ``--roofline FILE`` writes roofline.py's record too, from the same engine.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 from bench_serving import tokens_per_second
@@ -23,7 +27,8 @@ from cells import Cells, add_options, record_head
 from compare import steps_of
 from engine_process import EngineProcess, benchmarks_on_path
 from load import CLOSED_LOOP, num_measured
-from records import spread
+from records import spread, write_record
+from roofline import step_record
 
 from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
 
@@ -42,9 +47,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--requests", type=int, default=4, help="prompts of a cell; the level if more"
     )
+    parser.add_argument(
+        "--finalists", type=int, default=2, help="fixed widths that all rounds are for"
+    )
     parser.add_argument("--num-questions", type=int, default=80, help="whose answers fill prompts")
     parser.add_argument("--answer-tokens", type=int, default=256)
     parser.add_argument("--config", type=json.loads, default={}, help="more of speculative_config")
+    parser.add_argument("--roofline", type=Path, default=None, help="JSON record of steps to write")
     return parser.parse_args()
 
 
@@ -89,47 +98,56 @@ def make_blocks(engine: EngineProcess, args: argparse.Namespace) -> tuple[list, 
     return blocks, [a["prompt_token_ids"] for a in answers]
 
 
+def held_at(
+    engine: EngineProcess, width: Any, requests: list, sampling: dict, level: int
+) -> dict[str, Any]:
+    """A closed loop at a width; of the adaptive choice also what it came to."""
+    engine.call_workers("force_nodes", None if width == ADAPTIVE else width)
+    run = engine.run(requests, sampling, level, load=CLOSED_LOOP)
+    # As bench_serving counts: answers by question, then by turn.
+    run["answers"] = [[answer] for answer in run["answers"]]
+    if width == ADAPTIVE:
+        (state,) = engine.call_workers("force_nodes", None)
+        sizes = state["nodes_by_batch_size"]
+        run["chosen"] = {"nodes": sizes[min(level, len(sizes)) - 1], "share": state["share"]}
+    return run
+
+
 def measure(
     engine: EngineProcess, prompts: list[list[int]], args: argparse.Namespace, level: int
 ) -> dict[str, Any]:
-    """All widths that have graphs, and the adaptive choice, in turns."""
+    """All widths that have graphs once, then the best of them and the adaptive choice in turns."""
     sampling = {"temperature": 0.0, "max_tokens": args.max_tokens}
     once = [(prompt, {}) for prompt in prompts]
     measured = list(itertools.islice(itertools.cycle(once), num_measured(len(once), level)))
-    widths: list[Any] = [ADAPTIVE, *(n for n in args.nodes if (n + 1) * level <= MOST_ROWS)]
+    fixed = [n for n in args.nodes if (n + 1) * level <= MOST_ROWS]
     # Prefill for all rounds, and time for the adaptive choice to learn what is accepted.
     engine.call_workers("force_nodes", None)
     engine.run(once, sampling, level)
+    scouts = {width: [held_at(engine, width, once, sampling, level)] for width in fixed}
+    ranked = sorted(fixed, key=lambda width: -tokens_per_second(scouts[width][0]))
+    widths = [ADAPTIVE, *ranked[: args.finalists]]
     runs: dict[Any, list] = {width: [] for width in widths}
-    chosen: list[dict] = []
     for index in range(args.rounds):
         for width in widths[:: 1 if index % 2 == 0 else -1]:
-            engine.call_workers("force_nodes", None if width == ADAPTIVE else width)
-            run = engine.run(measured, sampling, level, load=CLOSED_LOOP)
-            # As bench_serving counts: answers by question, then by turn.
-            run["answers"] = [[answer] for answer in run["answers"]]
-            runs[width].append(run)
-            if width == ADAPTIVE:
-                (state,) = engine.call_workers("force_nodes", None)
-                sizes = state["nodes_by_batch_size"]
-                chosen.append({"nodes": sizes[min(level, len(sizes)) - 1], "share": state["share"]})
+            runs[width].append(held_at(engine, width, measured, sampling, level))
     found = {}
-    for width, own in runs.items():
+    for width, own in (scouts | runs).items():
         steps = [steps_of(run) for run in own]
         found[str(width)] = {
             "tokens_per_s": spread([tokens_per_second(run) for run in own]),
             "tokens_per_step": spread([s["tokens_per_step"] for s in steps]),
             "step_ms": spread([s["step_ms"] for s in steps]),
         }
-    fixed = {w: found[w]["tokens_per_s"]["median"] for w in found if w != ADAPTIVE}
-    best = max(fixed, key=lambda width: fixed[width])
+    finals = {width: found[str(width)]["tokens_per_s"]["median"] for width in widths}
+    best = max(widths[1:], key=lambda width: finals[width])
     return {
         "prompts": len(prompts),
         "requests": len(measured),
         "widths": found,
-        "chosen": chosen,
-        "best_fixed": int(best),
-        "adaptive_over_best_fixed": found[ADAPTIVE]["tokens_per_s"]["median"] / fixed[best],
+        "chosen": [run["chosen"] for run in runs[ADAPTIVE]],
+        "best_fixed": best,
+        "adaptive_over_best_fixed": finals[ADAPTIVE] / finals[best],
     }
 
 
@@ -153,17 +171,22 @@ def start(args: argparse.Namespace) -> EngineProcess:
 
 def main() -> None:
     """Start the engine, measure cell by cell."""
-    args = parse_args()
+    args, began = parse_args(), time.monotonic()
     head = record_head(args, "widths", CLOSED_LOOP)
-    head |= {"nodes": args.nodes, "config": args.config}
+    head |= {"nodes": args.nodes, "finalists": args.finalists, "config": args.config}
     cells = Cells(args.out, head, args.time_limit)
-    keys = [{"concurrency": n, "context": c} for c in args.context for n in args.concurrency]
+    pairs = sorted(itertools.product(args.concurrency, args.context), key=math.prod)
+    keys = [{"concurrency": n, "context": c} for n, c in pairs]
     todo = [key for key in keys if key not in cells]
     if not todo:
         return
     engine = start(args)
     try:
         engine.wait_ready()
+        print(f"engine ready after {time.monotonic() - began:.0f} s", flush=True)
+        if args.roofline is not None:
+            (sizes,) = engine.call_workers("measure_model")
+            write_record(args.roofline, step_record(sizes, args))
         room = engine.cache_tokens()
         blocks, last = make_blocks(engine, args)
         took = 0.0
@@ -173,17 +196,18 @@ def main() -> None:
             if room is not None and count * (context + args.max_tokens + 64) > room:
                 print(f"{key}: more than the cache's {room} tokens, left out", flush=True)
                 continue
-            if not cells.has_time(1.5 * took):
+            if not cells.has_time(1.2 * took):
                 break
-            began = time.monotonic()
+            since = time.monotonic()
             prompts = fill_prompts(blocks, last, context, count, args.seed)
             found = measure(engine, prompts, args, level)
-            took = time.monotonic() - began
+            took = max(took, time.monotonic() - since)
             cells.add(key, found)
             print(
                 f"{key}: adaptive {found['widths'][ADAPTIVE]['tokens_per_s']['median']:.1f} tok/s "
                 f"(chose {[c['nodes'] for c in found['chosen']]}), best fixed {found['best_fixed']}"
-                f" nodes, adaptive {found['adaptive_over_best_fixed']:.3f} times it, {took:.0f} s",
+                f" nodes, adaptive {found['adaptive_over_best_fixed']:.3f} times it, "
+                f"{took:.0f} s at most",
                 flush=True,
             )
     finally:

@@ -1,4 +1,4 @@
-"""``worker_extension_cls`` that holds the nodes of a step at what a benchmark wants.
+"""``worker_extension_cls`` that holds a step's nodes at what a benchmark wants, and times steps.
 
 Scheduler and worker share a process where an engine has one worker (vLLM's uniproc executor), so
 that ``collective_rpc`` reaches both.
@@ -7,6 +7,8 @@ that ``collective_rpc`` reaches both.
 from __future__ import annotations
 
 from typing import Any
+
+from step_meter import StepMeter
 
 from vllm_medusa.scheduler import TreeSchedulerMixin
 
@@ -40,7 +42,7 @@ class ForcedLookup:
         self.chosen.look_again(context)
 
 
-class ForcedNodes:
+class ForcedNodes(StepMeter):
     """Mixed into the worker by vLLM."""
 
     def force_nodes(self, nodes: int | None) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--heads", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--label", default=None, help="how tables name the model")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompt-tokens", type=int, default=512)
@@ -216,19 +217,16 @@ def main() -> None:
     args = parse_args()
     known = {"medusa": {"speculative_model": f"medusa:{args.heads}"}, "plain": {}}
     chosen = {name: known[name] for name in args.sides} | further_sides(args.side, args.heads)
-    sides = {name: profile_side(name, extra, args) for name, extra in chosen.items()}
-    write_record(
-        args.out,
-        {
-            "benchmark": "profile_step",
-            "model": Path(args.model).name,
-            "heads": Path(args.heads).name,
-            "prompt_tokens": None if args.questions else args.prompt_tokens,
-            "questions": args.questions,
-            "tokens": args.steps,
-            "sides": sides,
-        },
-    )
+    head = {
+        "benchmark": "profile_step", "model": Path(args.model).name,
+        "heads": Path(args.heads).name, "label": args.label or Path(args.model).name,
+        "prompt_tokens": None if args.questions else args.prompt_tokens,
+        "questions": args.questions, "tokens": args.steps,
+    }  # fmt: skip
+    sides: dict[str, Any] = {}
+    for name, extra in chosen.items():
+        sides[name] = profile_side(name, extra, args)
+        write_record(args.out, head | {"sides": sides})
 
 
 if __name__ == "__main__":

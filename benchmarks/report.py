@@ -17,7 +17,13 @@ from typing import Any
 # Also where the folder of this file is not on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from report_comparisons import compare_section, latency_section, roofline_section, widths_section
+from report_comparisons import (
+    compare_section,
+    latency_section,
+    profile_section,
+    roofline_section,
+    widths_section,
+)
 from report_curve import draw, figure_is_current, learning_curve_section
 from report_heads import (
     compared_heads_section,
@@ -36,6 +42,7 @@ from report_tables import (
     shown_command,
     table,
 )
+from roofline_figure import draw_roofline, figure_of, roofline_is_current
 
 HEADS = ROOT / "vllm_medusa" / "assets" / "smollm2-135m-instruct"
 
@@ -305,6 +312,7 @@ def results_section() -> str:
     parts += [widths_section(path) for path in sorted(RESULTS.glob("*_widths.json"))]
     parts += [latency_section(path) for path in sorted(RESULTS.glob("*_latency.json"))]
     parts += [roofline_section(path) for path in sorted(RESULTS.glob("*_roofline.json"))]
+    parts += [profile_section(path) for path in sorted(RESULTS.glob("*_profile.json"))]
     parts += [serve_section(path) for path in sorted(RESULTS.glob("*_serve.json"))]
     parts.append(heads_section(HEADS))
     parts += heads_parts()
@@ -336,10 +344,14 @@ def main() -> int:
     readme = ROOT / "README.md"
     old = readme.read_text()
     new = fill(fill(old, "refusals", refusals_section()), "results", results_section())
+    rooflines = sorted(RESULTS.glob("*_roofline.json"))
     if arguments.check:
-        return int(new != old or not figure_is_current())
+        is_current = figure_is_current() and all(map(roofline_is_current, rooflines))
+        return int(new != old or not is_current)
     if arguments.figures:
         draw()
+        for path in rooflines:
+            draw_roofline(json.loads(path.read_text()), figure_of(path))
     readme.write_text(new)
     return 0
 

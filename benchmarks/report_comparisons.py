@@ -1,4 +1,4 @@
-"""README's tables of compare.py, bench_widths.py and bench_latency.py, from their records."""
+"""README's tables of whole engines: head to head, widths, first tokens, steps and their kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cases import Case, case_of
-from report_tables import device, load_of, measured_table
+from report_tables import ROOT, device, load_of, measured_table
+from roofline_figure import figure_of
 
 
 def commits(record: dict[str, Any]) -> str:
@@ -100,9 +101,10 @@ def widths_section(path: Path) -> str:
     ]  # fmt: skip
     text = (
         f"**Adaptive choice against fixed trees, {record['label']} on {device(record)}**, tok/s, "
-        "one engine held at each width in turn; prompts of MT-Bench questions and the model's own "
-        f"answers, {load_of(record)}, {record['max_tokens']} tokens each, medians of "
-        f"{record['rounds']} interleaved rounds; {commits(record)};"
+        "one engine held at each width; prompts of MT-Bench questions and the model's own "
+        f"answers, {load_of(record)}, {record['max_tokens']} tokens each; each width one short "
+        f"round, then medians of {record['rounds']} rounds in which the adaptive choice and the "
+        f"best {record['finalists']} widths take turns; {commits(record)};"
     )
     return measured_table(text, path, record, header, rows)
 
@@ -164,4 +166,52 @@ def roofline_section(path: Path) -> str:
         f"bytes at {record['bandwidth']} TB/s and products at {record['tflops']:.0f} TFLOP/s;"
     )
     header = ["nodes", *(f"{requests} at once" for requests in sizes)]
+    plain, widest = found.get((0, 1)), found.get((max(nodes for nodes, _ in found), 1))
+    told = ""
+    if plain and widest:
+        told = (
+            f"\n\nOne request: a step of {widest['nodes']} nodes takes "
+            f"{widest['ms'] / plain['ms']:.3f} times a plain one."
+        )
+    figure = figure_of(path).relative_to(ROOT)
+    return f"{measured_table(text, path, record, header, rows)}{told}\n\n![Roofline]({figure})"
+
+
+def profile_section(path: Path) -> str:
+    """What the kernels of a decode step take, and the heads' share."""
+    record = json.loads(path.read_text())
+    pure = {
+        (int(level), name): found["pure"]
+        for name, side in record["sides"].items()
+        for level, found in side.items()
+        if "pure" in found
+    }
+    kinds = sorted({kind for part in pure.values() for kind in part["by_kind_us"]})
+    rows = []
+    for (level, name), part in sorted(pure.items()):
+        step, spent = part["step_us"]["median"], part["by_kind_us"]
+        plain = pure.get((level, "plain"))
+        heads = spent.get("heads", 0.0) + spent.get("draft", 0.0)
+        rows.append(
+            [
+                str(level), name, f"{step / 1e3:.2f}",
+                f"{step / plain['step_us']['median']:.3f}" if plain else "-",
+                *(f"{spent[kind]:.0f}" if kind in spent else "-" for kind in kinds),
+                f"{heads / step:.1%}",
+            ]
+        )  # fmt: skip
+    asked = (
+        f"{record['questions']} MT-Bench questions"
+        if record["questions"]
+        else f"prompts of {record['prompt_tokens']} tokens"
+    )
+    text = (
+        f"**Where a decode step goes, {record['label']} on {device(record)}**, {asked}, "
+        f"{record['tokens']} tokens each, microseconds of kernels by what they serve (medians of "
+        "steps without a prompt, under the profiler);"
+    )
+    header = [
+        "requests at once", "engine", "ms a step", "over plain", *kinds,
+        "heads and drafting, share of the step",
+    ]  # fmt: skip
     return measured_table(text, path, record, header, rows)

@@ -17,6 +17,10 @@ from typing import Any
 
 from engine_process import EngineProcess, benchmarks_on_path
 from records import write_record
+from roofline_figure import draw_roofline
+from timing import BANDWIDTH
+
+TFLOPS = 800.0  # an H100's measured rate
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,8 +32,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON record to write")
     parser.add_argument("--from", dest="record", type=Path, help="plot this record")
     parser.add_argument("--plot", type=Path, default=None, help="picture to write")
-    parser.add_argument("--tflops", type=float, default=800.0, help="peak of large bf16 products")
-    parser.add_argument("--bandwidth", type=float, default=3.0, help="of memory, TB/s")
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help="peak of large bf16 products")
+    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH / 1e12, help="of memory, TB/s")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=8448)
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -77,33 +81,20 @@ def points(sizes: dict[str, Any], bandwidth: float, tflops: float) -> list[dict[
     return found
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Rate of every step over its operations per byte, under the roof; one line per width."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    lowest = min(point["flops_per_byte"] for point in record["points"])
-    highest = max(point["flops_per_byte"] for point in record["points"])
-    corner = record["tflops"] / record["bandwidth"]
-    ends = [lowest / 2, corner, max(2 * highest, 2 * corner)]
-    roof = [min(record["tflops"], x * record["bandwidth"]) for x in ends]
-    axes.plot(ends, roof, color="black", label="roof")
-    shortest = min(point["context"] for point in record["points"])
-    for nodes in sorted({point["nodes"] for point in record["points"]}):
-        own = [p for p in record["points"] if p["nodes"] == nodes and p["context"] == shortest]
-        axes.plot(
-            [p["flops_per_byte"] for p in own], [p["tflops"] for p in own], "o-",
-            markersize=3, label="plain" if nodes == 0 else f"{nodes} node(s)",
-        )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
-    axes.set_title(f"{record['label']}: decode steps of 1, 2, 4, .. requests, context {shortest}")
-    axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    print(f"wrote {path}")
+def step_record(
+    sizes: dict[str, Any],
+    args: argparse.Namespace,
+    bandwidth: float = BANDWIDTH / 1e12,
+    tflops: float = TFLOPS,
+) -> dict[str, Any]:
+    """The record of what ``StepMeter.measure_model`` tells; ``args`` name model and heads."""
+    name = Path(args.model).name
+    return {
+        "benchmark": "roofline", "model": name, "heads": Path(args.heads).name,
+        "label": args.label or name, "bandwidth": bandwidth, "tflops": tflops,
+        "sizes": {k: v for k, v in sizes.items() if k != "steps"},
+        "points": points(sizes, bandwidth, tflops),
+    }  # fmt: skip
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,13 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         sizes = engine.call_workers("measure_model")[0]
     finally:
         engine.close()
-    record = {
-        "benchmark": "roofline", "model": Path(args.model).name, "heads": Path(args.heads).name,
-        "label": args.label or Path(args.model).name, "bandwidth": args.bandwidth,
-        "tflops": args.tflops, "sizes": {k: v for k, v in sizes.items() if k != "steps"},
-        "points": points(sizes, args.bandwidth, args.tflops),
-    }  # fmt: skip
-    write_record(args.out, record)
+    write_record(args.out, step_record(sizes, args, args.bandwidth, args.tflops))
     return json.loads(args.out.read_text())
 
 
@@ -143,7 +128,7 @@ def main() -> None:
             f"({point['bound']}), {point['floor_ms'] / point['ms']:.0%}"
         )
     if args.plot is not None:
-        plot(record, args.plot)
+        draw_roofline(record, args.plot)
 
 
 if __name__ == "__main__":

@@ -133,8 +133,11 @@ def section(name: str, record: dict, folder: Path, monkeypatch) -> str:
     """README's section of a record."""
     import report_comparisons
     import report_tables
+    import roofline_figure
 
     monkeypatch.setattr(report_tables, "ROOT", folder)
+    monkeypatch.setattr(report_comparisons, "ROOT", folder)
+    monkeypatch.setattr(roofline_figure, "FIGURES", folder / "figures")
     path = folder / "record.json"
     common = {"provenance": PROVENANCE, "label": "L", "max_tokens": 8, "rounds": 1}
     path.write_text(json.dumps(common | record))
@@ -190,7 +193,7 @@ def test_table_of_widths(tmp_path, monkeypatch):
         "chosen": [{"nodes": 7, "share": 0.5}, {"nodes": 7, "share": 0.5}],
         "adaptive_over_best_fixed": 0.95,
     }  # fmt: skip
-    record = {"nodes": [0, 7, 63], "cells": [cell]}
+    record = {"nodes": [0, 7, 63], "finalists": 2, "cells": [cell]}
     text = section("widths_section", record, tmp_path, monkeypatch)
     assert "| context | requests at once | 0 nodes | 7 nodes | 63 nodes | adaptive |" in text
     assert "| 512 | 2 | 10 | 20 | - | 19 | 7 | 0.95 |" in text
@@ -245,8 +248,40 @@ def test_roofline(tmp_path, monkeypatch):
     assert found[2]["floor_ms"] == pytest.approx(4.0, rel=1e-4)
     assert found[2]["tflops"] == pytest.approx(2.0, rel=1e-4)
     record = {"bandwidth": 2.0, "tflops": 4.0, "points": [p | {"context": 6} for p in found]}
+    record["points"][1]["ms"] = 2.1
     text = section("roofline_section", record, tmp_path, monkeypatch)
-    assert "| 0 | 2.00 (50%) | - |" in text and "| 3 | 2.00 (100%) | 8.00 (50%) |" in text
+    assert "One request: a step of 3 nodes takes 1.050 times a plain one." in text
+    assert text.endswith("![Roofline](figures/record.svg)")
+    assert "| 0 | 2.00 (50%) | - |" in text and "| 3 | 2.10 (95%) | 8.00 (50%) |" in text
+
+
+def test_figure_of_a_roofline_is_of_its_record(tmp_path, monkeypatch):
+    import roofline_figure
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(roofline_figure, "FIGURES", tmp_path)
+    point = {"nodes": 0, "requests": 1, "context": 6, "flops_per_byte": 1.0, "tflops": 0.5}
+    record = {"bandwidth": 2.0, "tflops": 4.0, "label": "L", "points": [point]}
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(record))
+    assert not roofline_figure.roofline_is_current(path)
+    roofline_figure.draw_roofline(record, tmp_path / "r.svg")
+    assert roofline_figure.roofline_is_current(path)
+    path.write_text(json.dumps(record | {"points": [point | {"tflops": 0.6}]}))
+    assert not roofline_figure.roofline_is_current(path)
+
+
+def test_table_of_a_profile(tmp_path, monkeypatch):
+    def part(step: float, **kinds: float) -> dict:
+        return {"1": {"pure": {"step_us": spread(step), "by_kind_us": kinds}}}
+
+    sides = {"plain": part(6000.0, products=5000.0),
+             "nodes63": part(6300.0, products=5100.0, heads=100.0, draft=26.0)}  # fmt: skip
+    record = {"sides": sides, "questions": 0, "prompt_tokens": 512, "tokens": 48}
+    text = section("profile_section", record, tmp_path, monkeypatch)
+    assert "| ms a step | over plain | draft | heads | products | heads and drafting, share" in text
+    assert "| 1 | nodes63 | 6.30 | 1.050 | 26 | 100 | 5100 | 2.0% |" in text
+    assert "| 1 | plain | 6.00 | 1.000 | - | - | 5000 | 0.0% |" in text
 
 
 class LoopEngine:
@@ -273,13 +308,42 @@ def test_widths_are_measured_in_closed_loops():
     from bench_widths import measure
 
     engine = LoopEngine()
-    args = Namespace(max_tokens=10, nodes=[0, 7, 1023], rounds=1)
+    args = Namespace(max_tokens=10, nodes=[0, 7, 1023], rounds=1, finalists=2)
     found = measure(engine, [[1, 2], [3, 4]], args, 2)
-    # Each prompt once for the prefix cache; 1023 nodes have no graphs for two requests.
-    assert engine.asked == [(2, 2, "finite batch"), *[(6, 2, "closed loop")] * 3]
+    # Each prompt once for the prefix cache and for each width, of which 1023 nodes have no graphs
+    # for two requests; then two widths and the adaptive choice.
+    scouts = [(2, 2, "closed loop")] * 2
+    assert engine.asked == [(2, 2, "finite batch"), *scouts, *[(6, 2, "closed loop")] * 3]
     assert found["prompts"] == 2 and found["requests"] == 6
     assert found["widths"]["0"]["tokens_per_s"]["median"] == 60.0
     assert measure(LoopEngine(), [[1, 2], [3, 4]], args, 1)["requests"] == 2
+
+
+class WidthEngine(LoopEngine):
+    """One whose rounds take the time of the width at which it is held."""
+
+    seconds = {None: 2.0, 0: 5.0, 3: 1.0, 7: 3.0}  # noqa: RUF012
+
+    def call_workers(self, method, nodes):
+        self.width = nodes
+        return super().call_workers(method, nodes)
+
+    def run(self, requests, sampling, level, load="finite batch"):
+        found = super().run(requests, sampling, level, load)
+        return found | {"seconds": self.seconds[self.width]}
+
+
+def test_best_widths_take_turns_with_the_adaptive_choice():
+    from argparse import Namespace
+
+    from bench_widths import measure
+
+    args = Namespace(max_tokens=10, nodes=[0, 3, 7], rounds=3, finalists=2)
+    found = measure(WidthEngine(), [[1, 2], [3, 4]], args, 2)
+    counts = {width: own["tokens_per_s"]["count"] for width, own in found["widths"].items()}
+    assert counts == {"adaptive": 3, "0": 1, "3": 3, "7": 3}
+    assert found["widths"]["0"]["tokens_per_s"]["median"] == 2 * 10 / 5
+    assert (found["best_fixed"], found["adaptive_over_best_fixed"]) == (3, 0.5)
 
 
 @pytest.mark.parametrize(("level", "count"), [(1, 2), (4, 12)])
