@@ -121,9 +121,11 @@ def measure(
     once = [(prompt, {}) for prompt in prompts]
     measured = list(itertools.islice(itertools.cycle(once), num_measured(len(once), level)))
     fixed = [n for n in args.nodes if (n + 1) * level <= MOST_ROWS]
-    # Prefill for all rounds, and time for the adaptive choice to learn what is accepted.
+    # Prefill for all rounds; then time for the adaptive choice to learn what is accepted, and for
+    # whatever a batch of this kind needs for the first time.
     engine.call_workers("force_nodes", None)
     engine.run(once, sampling, level)
+    held_at(engine, ADAPTIVE, once, sampling, level)
     scouts = {width: [held_at(engine, width, once, sampling, level)] for width in fixed}
     ranked = sorted(fixed, key=lambda width: -tokens_per_second(scouts[width][0]))
     widths = [ADAPTIVE, *ranked[: args.finalists]]

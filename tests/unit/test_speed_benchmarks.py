@@ -310,9 +310,9 @@ def test_widths_are_measured_in_closed_loops():
     engine = LoopEngine()
     args = Namespace(max_tokens=10, nodes=[0, 7, 1023], rounds=1, finalists=2)
     found = measure(engine, [[1, 2], [3, 4]], args, 2)
-    # Each prompt once for the prefix cache and for each width, of which 1023 nodes have no graphs
-    # for two requests; then two widths and the adaptive choice.
-    scouts = [(2, 2, "closed loop")] * 2
+    # Each prompt once for the prefix cache, as a warm-up and for each width, of which 1023 nodes
+    # have no graphs for two requests; then two widths and the adaptive choice.
+    scouts = [(2, 2, "closed loop")] * 3
     assert engine.asked == [(2, 2, "finite batch"), *scouts, *[(6, 2, "closed loop")] * 3]
     assert found["prompts"] == 2 and found["requests"] == 6
     assert found["widths"]["0"]["tokens_per_s"]["median"] == 60.0
