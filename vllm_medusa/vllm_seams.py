@@ -29,6 +29,8 @@ SpecDecodingProm.__init__                       one Prometheus label per draft t
                                                 63 nodes, but only `depth` positions
 gpu.model_runner.init_speculator                a name imported by the runner's
                                                 constructor; knows vLLM's methods only
+CudaGraphManager._candidates, ._capture_descs   vLLM's modes know graphs of mixed batches or of
+                                                uniform ones, not both
 cpu.model_runner.CPUModelRunner                 CPUWorker.init_device builds it inline
 RequestState.all_token_ids                      in host memory unless the method is ngram;
                                                 prompt lookup reads all of it at every step
@@ -350,6 +352,31 @@ def keep_history_on_device(req_states: Any) -> None:
     req_states.all_token_ids = StagedWriteTensor(
         tuple(held.gpu.shape), dtype=held.dtype, device=req_states.device
     )
+
+
+def add_full_graphs(manager: Any, descriptors: Sequence[Any]) -> None:
+    """Let vLLM capture further FULL graphs, and take them before PIECEWISE ones.
+
+    Parameters
+    ----------
+    manager : vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager
+        Before its capture.
+    descriptors : sequence of BatchExecutionDescriptor
+        A batch takes the first with enough tokens that fits, if no uniform graph does.
+    """
+    from vllm.config.compilation import CUDAGraphMode
+
+    captured = manager._capture_descs.setdefault(CUDAGraphMode.FULL, [])
+    captured.extend(descriptors)
+    # Largest first: the first capture's output is what the others write to.
+    captured.sort(key=lambda descriptor: descriptor.num_tokens, reverse=True)
+    most = max((descriptor.num_tokens for descriptor in descriptors), default=0)
+    for case in manager.lora_capture_cases:
+        of_case = [one for one in descriptors if one.num_active_loras == case]
+        for num_tokens in range(most + 1):
+            known = manager._candidates.setdefault((num_tokens, case), [])
+            at = sum(one.cg_mode == CUDAGraphMode.FULL for one in known)
+            known[at:at] = [one for one in of_case if one.num_tokens >= num_tokens]
 
 
 def forget_attention_choices() -> None:
