@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
@@ -90,3 +91,20 @@ def add_mixed_graphs(runner: Any) -> None:
         largest = min(LARGEST * of_vllm, runner.max_num_tokens)
         made = mixed_descriptors(largest, runner.max_num_reqs, manager.lora_capture_cases)
         add_full_graphs(manager, list(made))
+        _make_room(runner, largest)
+
+
+def _make_room(runner: Any, num_rows: int) -> None:
+    """Allocate the graphs' common output, which vLLM would make as large as its own largest."""
+    manager, model_config = runner.cudagraph_manager, runner.model_config
+    if manager.is_last_pp_rank:
+        manager.hidden_states = torch.empty(
+            max(num_rows, runner.compilation_config.max_cudagraph_capture_size),
+            model_config.get_hidden_size(),
+            dtype=model_config.dtype,
+            device=runner.device,
+        )
+    else:
+        manager.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=model_config.dtype, device=runner.device
+        )

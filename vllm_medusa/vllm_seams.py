@@ -368,7 +368,7 @@ def add_full_graphs(manager: Any, descriptors: Sequence[Any]) -> None:
 
     captured = manager._capture_descs.setdefault(CUDAGraphMode.FULL, [])
     captured.extend(descriptors)
-    # Largest first: the first capture's output is what the others write to.
+    # Largest first, as vLLM has them: smaller ones find their memory in the pool.
     captured.sort(key=lambda descriptor: descriptor.num_tokens, reverse=True)
     most = max((descriptor.num_tokens for descriptor in descriptors), default=0)
     for case in manager.lora_capture_cases:

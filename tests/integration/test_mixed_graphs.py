@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.vllm
 MAX_REQS = 16
@@ -28,7 +29,7 @@ def manager():
     made.lora_capture_cases, made._lora_dispatch_map, made._max_lora_case = [0], {}, 0
     made._candidates, made._capture_descs = {}, {}
     made._init_candidates()
-    made._graphs_captured = True
+    made._graphs_captured, made.is_last_pp_rank = True, True
     return made
 
 
@@ -50,6 +51,8 @@ def runner(manager, monkeypatch):
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         compilation_config=manager.compilation_config,
         max_num_tokens=100,
+        model_config=SimpleNamespace(dtype=torch.bfloat16, get_hidden_size=lambda: 12),
+        device=torch.device("cpu"),
         max_num_reqs=MAX_REQS,
     )
 
@@ -87,8 +90,7 @@ def test_uniform_batches_keep_their_graphs(runner):
         assert (kind, tokens) == ("FULL", reqs * rows)
 
 
-def test_largest_graph_is_captured_first(runner):
-    """Its output is the buffer that all others write to."""
+def test_graphs_are_captured_from_the_largest_and_fit_their_output(runner):
     from vllm.config.compilation import CUDAGraphMode
 
     from vllm_medusa.mixed_graphs import add_mixed_graphs
@@ -99,6 +101,9 @@ def test_largest_graph_is_captured_first(runner):
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == 96  # multiples of 32 up to max_num_batched_tokens
     assert len(set(captured)) == len(captured)
+    output = runner.cudagraph_manager.hidden_states
+    assert (output.shape[1], output.dtype) == (12, torch.bfloat16)
+    assert output.shape[0] >= sizes[0]
 
 
 CASES_WITHOUT = {
