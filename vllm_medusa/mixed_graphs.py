@@ -63,9 +63,8 @@ def is_mixed(descriptor: BatchExecutionDescriptor) -> bool:
 def add_mixed_graphs(runner: Any) -> None:
     """Add them to those that vLLM is about to capture, where they can serve.
 
-    That is with vLLM's default mode, on FlashAttention 3, whose calls in a graph take any batch;
-    without data parallelism, under which idle ranks would replay them for dummy batches; and
-    without fast prefill, which cuts the rows of a prompt's later layers.
+    That is with vLLM's default mode, on FlashAttention 3, whose calls in a graph take any batch,
+    and without data parallelism, under which idle ranks would replay them for dummy batches.
 
     Parameters
     ----------
@@ -82,7 +81,6 @@ def add_mixed_graphs(runner: Any) -> None:
     can_serve = (
         manager.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
         and runner.dp_size == 1
-        and not runner.cache_config.kv_sharing_fast_prefill
         and FlashAttentionMetadataBuilder._cudagraph_support == AttentionCGSupport.ALWAYS
         and all(isinstance(builder, TreeAttentionMetadataBuilder) for builder in builders)
     )

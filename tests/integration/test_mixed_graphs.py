@@ -48,7 +48,6 @@ def runner(manager, monkeypatch):
         cudagraph_manager=manager,
         attn_groups=[[SimpleNamespace(metadata_builders=[builder])]],
         dp_size=1,
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         compilation_config=manager.compilation_config,
         max_num_tokens=100,
         model_config=SimpleNamespace(dtype=torch.bfloat16, get_hidden_size=lambda: 12),
@@ -108,7 +107,6 @@ def test_graphs_are_captured_from_the_largest_and_fit_their_output(runner):
 
 CASES_WITHOUT = {
     "data parallel": ("dp_size", 2),
-    "fast prefill": ("cache_config", SimpleNamespace(kv_sharing_fast_prefill=True)),
     "other attention": ("attn_groups", [[SimpleNamespace(metadata_builders=[object()])]]),
 }
 
