@@ -78,11 +78,15 @@ def add_mixed_graphs(runner: Any) -> None:
         for group in groups
         for builder in group.metadata_builders
     ]
+    support = FlashAttentionMetadataBuilder.get_cudagraph_support
     can_serve = (
         manager.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
         and runner.dp_size == 1
-        and FlashAttentionMetadataBuilder._cudagraph_support == AttentionCGSupport.ALWAYS
-        and all(isinstance(builder, TreeAttentionMetadataBuilder) for builder in builders)
+        and all(
+            isinstance(builder, TreeAttentionMetadataBuilder)
+            and support(runner.vllm_config, builder.kv_cache_spec) == AttentionCGSupport.ALWAYS
+            for builder in builders
+        )
     )
     if can_serve:
         of_vllm = runner.compilation_config.max_cudagraph_capture_size

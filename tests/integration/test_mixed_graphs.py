@@ -44,8 +44,10 @@ def runner(manager, monkeypatch):
         FlashAttentionMetadataBuilder, "_cudagraph_support", AttentionCGSupport.ALWAYS
     )
     builder = object.__new__(TreeAttentionMetadataBuilder)
+    builder.kv_cache_spec = None
     return SimpleNamespace(
         cudagraph_manager=manager,
+        vllm_config=manager.vllm_config,
         attn_groups=[[SimpleNamespace(metadata_builders=[builder])]],
         dp_size=1,
         compilation_config=manager.compilation_config,
