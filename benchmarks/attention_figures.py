@@ -57,6 +57,7 @@ def reached(
 ) -> dict[str, float]:
     """Rates of a call and their share of a copy's and of a product's.
 
+    Bytes are those that it has to read and write: what splits leave for their join is not.
     ``roofline_percent`` is the share of the larger of both times in the measured one,
     ``roofline_percent_without_start`` in what is left of it without the start of a graph.
     """

@@ -16,6 +16,7 @@ import multiprocessing
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from bench_tree_attention import (
     print_failures,
     print_header,
     print_row,
+    reason_of,
 )
 from records import write_record
 from timing import parse_on_gpu
@@ -68,8 +70,11 @@ def compile_all(processes: int) -> None:
     """Fill Triton's cache."""
     small = [shape for shape in SHAPES if work_of(shape)[0] <= MOST_BYTES_TO_COMPILE]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        list(pool.map(compile_shape, small))
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            list(pool.map(compile_shape, small))
+    except BrokenProcessPool as problem:  # what is missing is compiled where it is timed
+        print(problem, flush=True)
 
 
 def main() -> None:
@@ -83,12 +88,19 @@ def main() -> None:
     args = parse_on_gpu(parser)
     compile_all(args.processes)
     print(f"{time.monotonic() - begin:.0f} s: compiled", flush=True)
-    makes, rates, rows = kernels(), device_rates(), {}
+    makes, rates = kernels(), device_rates()
+    rows, problems = {}, {}
     print_header(makes)
     for shape in random.Random(0).sample(SHAPES, len(SHAPES)):
-        if time.monotonic() - begin < args.seconds:
+        if time.monotonic() - begin >= args.seconds:
+            problems[shape] = "no time was left"
+            continue
+        try:
             rows[shape] = bench_shape(shape, makes, rates, args.repeats)
             print_row(shape, rows[shape])
+        except RuntimeError as problem:  # too little memory, or a peer broke the device's context
+            problems[shape] = reason_of(problem)
+            print(f"{shape}: {problems[shape]}", flush=True)
     rows = {shape: rows[shape] for shape in SHAPES if shape in rows}
     print_failures(list(rows.values()))
     print(f"{time.monotonic() - begin:.0f} s: {len(rows)} of {len(SHAPES)} shapes")
@@ -98,7 +110,9 @@ def main() -> None:
             "benchmark": "tree_attention_peers",
             "block_size": BLOCK_SIZE,
             "left_out": left_out(),
-            "not_measured": [shape._asdict() for shape in SHAPES if shape not in rows],
+            "not_measured": [
+                {"shape": shape._asdict(), "reason": reason} for shape, reason in problems.items()
+            ],
             "rates": rates,
             "rows": list(rows.values()),
         },

@@ -146,7 +146,7 @@ def measure(
 def figures(
     shape: Shape, arguments: dict[str, Any], median_us: float, rates: dict[str, float]
 ) -> dict[str, Any]:
-    """Plan, resources and rates of this kernel; bytes are all that it reads and writes."""
+    """Plan, resources and rates of this kernel."""
     plan = chosen_plan(shape)
     pairs = shape.batch * shape.kv_heads
     programs = [
@@ -155,12 +155,13 @@ def figures(
     ]
     compiled = [again() for again in with_plan(plan, arguments)()]
     kv_bytes, flop = work_of(shape)
-    splits = 8 * workspace_elements(
+    elements = workspace_elements(
         shape.batch * shape.rows, shape.heads, shape.head_size, plan.num_splits
     )
-    moved = kv_bytes + splits + 2 * arguments["q"].nbytes
+    moved = kv_bytes + 2 * arguments["q"].nbytes
     return {
         "plan": dataclasses.asdict(plan),
+        "workspace_bytes": 4 * elements,
         "kernels": [resources(*one) for one in zip(compiled, programs, strict=False)],
         **reached(median_us, rates["start_us"], moved, flop, rates),
     }
