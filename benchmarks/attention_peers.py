@@ -1,4 +1,4 @@
-"""Other projects' attention under a tree mask, for bench_tree_attention.py.
+"""Other projects' attention under a tree mask, and FlashAttention 3 under a causal one.
 
 Each function takes the arguments of ``tree_attention`` for a batch of equal trees and equal
 contexts and returns what launches the peer's kernels; whatever a server would prepare once a
@@ -31,6 +31,34 @@ def ancestor_bits(arguments: dict[str, Any]) -> torch.Tensor:
     masks = arguments["tree_masks"][0]
     words = masks.view(-1, masks.shape[-1])[seen // 64, :rows]
     return (words.T >> seen % 64 & 1).bool()
+
+
+def vllm_triton(arguments: dict[str, Any]) -> Callable[[], None]:
+    """vLLM's unified Triton attention with the tree as an additive bias."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    a, rows = arguments, arguments["max_query_len"]
+    bias = torch.where(ancestor_bits(a), 0.0, float("-inf")).contiguous()
+    return lambda: unified_attention(
+        q=a["q"], k=a["k_cache"], v=a["v_cache"], out=a["out"],
+        cu_seqlens_q=a["query_start_loc"], max_seqlen_q=rows, seqused_k=a["seq_lens"],
+        max_seqlen_k=a["max_seq_len"], softmax_scale=a["scale"], causal=True,
+        window_size=(-1, -1), block_table=a["block_table"], softcap=0, q_descale=None,
+        k_descale=None, v_descale=None, qq_bias=bias,
+    )  # fmt: skip
+
+
+def flash_attention(arguments: dict[str, Any]) -> Callable[[], None]:
+    """FlashAttention 3, causal."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    a = arguments
+    return lambda: flash_attn_varlen_func(
+        q=a["q"], k=a["k_cache"], v=a["v_cache"], out=a["out"],
+        cu_seqlens_q=a["query_start_loc"], max_seqlen_q=a["max_query_len"],
+        seqused_k=a["seq_lens"], max_seqlen_k=a["max_seq_len"], softmax_scale=a["scale"],
+        causal=True, block_table=a["block_table"], fa_version=3,
+    )  # fmt: skip
 
 
 def flashinfer(arguments: dict[str, Any]) -> Callable[[], None]:
@@ -76,9 +104,7 @@ def xformers(arguments: dict[str, Any]) -> Callable[[], None]:
     )  # fmt: skip
     bias = torch.zeros(rows, rows, dtype=a["q"].dtype, device=table.device)
     bias.masked_fill_(~ancestor_bits(a), float("-inf"))
-    return lambda: attend(
-        a["out"], a["q"], own_keys, own_values, keys, values, mask, bias
-    )
+    return lambda: attend(a["out"], a["q"], own_keys, own_values, keys, values, mask, bias)
 
 
 def _repaged(

@@ -32,6 +32,12 @@ from report_heads import (
     training_section,
     training_speed_section,
 )
+from report_kernels import (
+    counters_section,
+    overlaps_section,
+    peers_section,
+    sanitizer_section,
+)
 from report_tables import (
     RESULTS,
     ROOT,
@@ -318,13 +324,17 @@ def results_section() -> str:
     parts += heads_parts()
     parts += [chosen_trees_section(path) for path in sorted(RESULTS.glob("*_chosen_trees.json"))]
     parts += [attention_section(path) for path in sorted(RESULTS.glob("*_tree_attention.json"))]
+    parts += [peers_section(path) for path in sorted(RESULTS.glob("*_tree_attention_peers.json"))]
     parts += [compaction_section(path) for path in sorted(RESULTS.glob("*_kv_compaction.json"))]
+    parts += [overlaps_section(path) for path in sorted(RESULTS.glob("*_kv_overlaps.json"))]
     parts += [walk_section(path) for path in sorted(RESULTS.glob("*_walk.json"))]
+    parts += [counters_section(path) for path in sorted(RESULTS.glob("*_kernel_counters.json"))]
+    parts += [sanitizer_section(path) for path in sorted(RESULTS.glob("*_sanitizer.json"))]
     found = sorted(RESULTS.glob("*_sequential_draft.json"))
     parts += [sequential_draft_section(path) for path in found]
     parts += [cpu_runner_section(path) for path in sorted(RESULTS.glob("cpu_runner.json"))]
     parts += [soak_section(path) for path in sorted(RESULTS.glob("cpu_soak*.json"))]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def fill(text: str, name: str, content: str) -> str:

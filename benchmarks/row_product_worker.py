@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_medusa import cpu_linear, vllm_seams
+from vllm_medusa import cpu_linear, cpu_seams
 
 
 class RowProductWorker(CPUWorker):
@@ -14,5 +14,5 @@ class RowProductWorker(CPUWorker):
         """Load the model with the products that Medusa would give it."""
         if cpu_linear.kernels() is None:
             raise RuntimeError("no compiled row product on this machine; leave --row-products out")
-        with vllm_seams.cpu_product_dispatch(cpu_linear.make_dispatch):
+        with cpu_seams.cpu_product_dispatch(cpu_linear.make_dispatch):
             super().load_model(*args, **kwargs)

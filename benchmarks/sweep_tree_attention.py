@@ -22,25 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_tree_attention import (
-    MODELS,
-    TOLERANCE,
-    Shape,
-    flash_attention,
-    floor_us,
-    make_arguments,
-    twin_output,
-    with_plan,
-)
+from attention_calls import chosen_plan, with_plan
+from attention_peers import flash_attention
+from attention_shapes import MODELS, TOLERANCE, Shape, floor_us, make_arguments, twin_output
 from records import write_record
-from timing import parse_on_gpu, time_gpu
+from timing import parse_on_gpu, start_us, time_gpu
 
 from vllm_medusa.triton_kernels import attention_kernels
 from vllm_medusa.triton_kernels.attention import num_multiprocessors
 from vllm_medusa.triton_kernels.attention_plan import (
     AttentionPlan,
     ceil_div,
-    plan_attention,
     power_of_two_from,
 )
 
@@ -61,16 +53,6 @@ KEYS_AND_STAGES = [(32, 4), (64, 2), (64, 3), (64, 4), (128, 2)]
 RESIDENT = (1, 2, 3, 4)  # programs that share a multiprocessor
 JOIN_ROWS = (0, 2, 4, 8, 16)
 REFINED = 5  # plans of a shape that are tried with other joins
-
-
-def chosen_plan(shape: Shape) -> AttentionPlan:
-    """What the launcher takes by itself."""
-    return plan_attention(
-        num_reqs=shape.batch, num_kv_heads=shape.kv_heads, group=shape.heads // shape.kv_heads,
-        head_size=shape.head_size, item_size=2, max_query_len=shape.rows,
-        max_seq_len=shape.context + shape.rows,
-        num_multiprocessors=num_multiprocessors(torch.device("cuda")),
-    )  # fmt: skip
 
 
 def first_plans(shape: Shape) -> list[AttentionPlan]:
@@ -209,12 +191,6 @@ def print_best(shape: Shape, row: dict[str, Any], count: int) -> None:
         print(f"  failed: {reason}")
 
 
-def start_us(repeats: int) -> float:
-    """Median of a kernel that does next to nothing: what every time here contains."""
-    number = torch.zeros(1, device="cuda")
-    return time_gpu(lambda: number.add_(1), repeats=repeats).median
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
@@ -224,7 +200,7 @@ def main() -> None:
     args = parse_on_gpu(parser)
     begin = time.monotonic()
     args.deadline = begin + args.seconds - 5
-    print(f"a kernel that does nothing: {start_us(40):.2f} us")
+    print(f"a kernel that does nothing: {start_us():.2f} us")
     rows: dict[Shape, dict[str, Any]] = {}
     known: dict[tuple, dict[str, Any]] = {}
     plans = {shape: first_plans(shape) for shape in SHAPES}

@@ -33,7 +33,8 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(max(2 * l2_bytes, 64 << 20), dtype=torch.uint8, device="cuda")
 
 
-def _capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of one call, which has been made before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -73,25 +74,43 @@ def time_gpu(
         Event times in microseconds.  The events enclose the run but not the flush; a replayed
         graph adds one to two microseconds of its own start.
     """
-    run = _capture(function).replay if use_graph else function
+    run = capture(function).replay if use_graph else function
+    return time_in_turns([run], repeats=repeats, warmup=warmup, cold_l2=cold_l2)[0]
+
+
+def time_in_turns(
+    runs: list[Callable[[], object]], *, repeats: int, warmup: int = 5, cold_l2: bool = True
+) -> list[Timing]:
+    """Time functions as `time_gpu` does, one call of each a round: clocks drift for all alike."""
     buffer = _flush_buffer() if cold_l2 else None
-    events = []
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
     for index in range(warmup + repeats):
-        if buffer is not None:
-            buffer.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        if index >= warmup:
-            events.append((start, end))
+        for run, pairs in zip(runs, events, strict=True):
+            if buffer is not None:
+                buffer.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            if index >= warmup:
+                pairs.append((start, end))
     torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) * 1e3 for start, end in events)
+    return [_timing([start.elapsed_time(end) * 1e3 for start, end in pairs]) for pairs in events]
+
+
+def _timing(microseconds: list[float]) -> Timing:
+    times = sorted(microseconds)
     last = len(times) - 1
     return Timing(
         median=statistics.median(times), p10=times[last // 10], p90=times[last * 9 // 10],
         minimum=times[0], count=len(times),
     )  # fmt: skip
+
+
+def start_us(repeats: int = 40) -> float:
+    """Median of a kernel that does next to nothing: what every time here contains."""
+    number = torch.zeros(1, device="cuda")
+    return time_gpu(lambda: number.add_(1), repeats=repeats).median
 
 
 def kernel_benchmark_parser(description: str, quick: str) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ MOST_FUNCTION_LINES = 60
 MOST_KERNEL_LINES = 120  # a kernel is one function by nature
 
 # One place, in two files: what a cluster needs beside the rest.
-SEAMS = ("vllm_medusa/vllm_seams.py", "vllm_medusa/cluster_seams.py")
+SEAMS = tuple(f"vllm_medusa/{name}_seams.py" for name in ("vllm", "cluster", "cpu"))
 
 # Modules that are usable where neither is installed, or run before they may be imported.
 WITHOUT_TORCH_OR_VLLM = ("", "config", "plugin", "tree", "tree_presets", "demo.bootstrap")

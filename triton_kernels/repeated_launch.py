@@ -39,8 +39,8 @@ class RepeatedLaunch:
         self._launch = kernel[grid]
         self._options = options
 
-    def __call__(self, **moved: Any) -> None:
-        """Launch with other tensors of equal shapes, strides and types.
+    def __call__(self, **moved: Any) -> Any:
+        """Launch with other tensors of equal shapes, strides and types; the compiled kernel.
 
         Names that are no arguments of the kernel are passed over: launches that belong together
         are given the same tensors.
@@ -49,4 +49,4 @@ class RepeatedLaunch:
             place = self._places.get(name)
             if place is not None:
                 self._values[place] = value
-        self._launch(*self._values, **self._options)
+        return self._launch(*self._values, **self._options)

@@ -1,7 +1,9 @@
 """Attention under trees on NVIDIA GPUs.
 
 Requests with drafts lead vLLM's batch; their rows go to the tree kernel, the rest
-(prefill, plain decode) to FlashAttention exactly as without this plugin.
+(prefill, plain decode) to FlashAttention exactly as without this plugin. Each kernel is given
+the whole batch, with no rows for the requests of the other: nothing has to be cut layer by
+layer, and a graph of both serves every mix of them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ from vllm_medusa.triton_kernels.repeated_launch import RepeatedLaunch
 if TYPE_CHECKING:
     from vllm_medusa.tree_batch import TreeBatch
 
+# KV ranges that FlashAttention may split a prompt's context into inside a graph. Each takes
+# float32 room for all rows there, 16 MiB for 1024 rows of 32 heads of 128: vLLM's own 32 would
+# take half a GiB, for prompts whose rows fill the device by themselves.
+REST_SPLITS = 4
+
 
 @dataclass
 class TreeAttentionMetadata:
@@ -37,6 +44,7 @@ class TreeAttentionMetadata:
     num_tree_reqs, num_tree_tokens : int
         Leading requests (and their query rows) for the tree kernel.
     query_start_loc : torch.Tensor, [num_reqs + 1] int32
+        Of the tree kernel.
     seq_lens : torch.Tensor, [num_reqs] int32
         Keys of each request, this step's rows included.
     block_table : torch.Tensor, [num_reqs, max_blocks] int32
@@ -44,7 +52,7 @@ class TreeAttentionMetadata:
     max_query_len, max_seq_len : int
         Bounds over the tree requests.
     rest : FlashAttentionMetadata or None
-        The remaining requests.
+        The same batch for FlashAttention, with no rows for the tree requests.
     counters : torch.Tensor or None, [MOST_COUNTERS] int32
     plan : AttentionPlan or None
         Of the first layer that has run; the others take it as it is.
@@ -71,12 +79,23 @@ class TreeAttentionMetadata:
 class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     """Splits a batch into its tree requests and the rest."""
 
-    # FULL graphs for pure verification batches of one query length, PIECEWISE for mixed ones.
+    # FULL graphs for pure verification batches of one query length; those of mixed batches are
+    # the runner's (see :mod:`vllm_medusa.mixed_graphs`), any other batch is PIECEWISE.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = False
 
     # Bound by the runner once the KV cache exists.
     tree_batch: TreeBatch | None = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # FlashAttention's plan of a mixed graph, in a buffer of its own.
+        self.rest_builder = FlashAttentionMetadataBuilder(*args, **kwargs)
+        self.rest_builder.max_num_splits = REST_SPLITS
+        # Graphs of mixed batches are larger than vLLM's; beyond this FlashAttention would choose
+        # its splits anew at every step, with room for those of the capture.
+        most_rows = self.vllm_config.scheduler_config.max_num_batched_tokens
+        self.rest_builder.max_cudagraph_size = most_rows
 
     def build(
         self,
@@ -85,27 +104,34 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> FlashAttentionMetadata | TreeAttentionMetadata:
         """FlashAttention's own metadata when no request has drafts, else the split."""
-        num_tree_reqs = 0 if self.tree_batch is None else self.tree_batch.num_tree_reqs
-        if num_tree_reqs == 0:
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        return self._build_split(common_attn_metadata, num_tree_reqs)
+        trees, common = self.tree_batch, common_attn_metadata
+        if trees is not None and trees.in_mixed_graph:
+            return self._build_mixed(common)
+        if trees is None or trees.num_tree_reqs == 0:
+            return super().build(common_prefix_len, common, fast_build)
+        return self._build_split(common, trees.num_tree_reqs)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> FlashAttentionMetadata | TreeAttentionMetadata:
-        """A uniform batch of whole or cut trees is captured on the tree kernel, any other on FA."""
+        """Uniform whole or cut trees take the tree kernel, mixed batches both, others FA.
+
+        Where one of several requests may hold all rows, the batch may be anything.
+        """
         common = common_attn_metadata
-        if (
-            self.tree_batch is not None
-            and self.tree_batch.is_tree(common.max_query_len)
-            and common.num_actual_tokens == common.num_reqs * common.max_query_len
-        ):
-            return self._build_split(common, common.num_reqs)
+        if self.tree_batch is not None:
+            longest, num_rows = common.max_query_len, common.num_actual_tokens
+            if common.num_reqs > 1 and longest == num_rows:
+                self.tree_batch.split_rows(common.query_start_loc, 0)
+                return self._build_mixed(common)
+            if self.tree_batch.is_tree(longest) and num_rows == common.num_reqs * longest:
+                return self._build_split(common, common.num_reqs)
         return super().build(0, common)
 
     def _build_split(
         self, common: CommonAttentionMetadata, num_tree_reqs: int
     ) -> TreeAttentionMetadata:
+        """The tree requests alone, whose number the host knows, and what is left."""
         starts, num_trees = common.query_start_loc_cpu, num_tree_reqs
         # In a FULL graph the padded requests are part of the launch, with no rows.
         whole_batch = num_tree_reqs >= common.num_reqs or int(starts[num_tree_reqs]) >= int(
@@ -117,49 +143,66 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             rest = None
         else:
             num_tree_tokens = int(starts[num_tree_reqs])
-            rest = super().build(0, _tail(common, num_tree_reqs, num_tree_tokens))
-        return TreeAttentionMetadata(
+            rest_starts = starts[num_tree_reqs : common.num_reqs + 1]
+            longest = int((rest_starts[1:] - rest_starts[:-1]).max())
+            # FlashAttention 2 takes a longest query of 1 for one row in every request.
+            rest = super().build(0, self._behind_trees(common, max(2, longest)))
+        return self._metadata(
+            common,
+            rest,
             num_tree_reqs=num_tree_reqs,
             num_tree_tokens=num_tree_tokens,
             query_start_loc=common.query_start_loc,
+            max_query_len=int((starts[1 : num_trees + 1] - starts[:num_trees]).max()),
+        )
+
+    def _build_mixed(self, common: CommonAttentionMetadata) -> TreeAttentionMetadata:
+        """Any batch, for a graph: what the host says of it is the same at capture and replay."""
+        num_rows = common.num_actual_tokens
+        rest = self._behind_trees(common, num_rows)
+        rest = rest.replace(max_seq_len=self.model_config.max_model_len)
+        return self._metadata(
+            common,
+            self.rest_builder.build(0, rest),
+            num_tree_reqs=common.num_reqs,
+            num_tree_tokens=num_rows,
+            query_start_loc=self.tree_batch.tree_starts,
+            max_query_len=self.tree_batch.num_rows,
+        )
+
+    def _behind_trees(
+        self, common: CommonAttentionMetadata, max_query_len: int
+    ) -> CommonAttentionMetadata:
+        """The same batch with no rows for its tree requests."""
+        num_starts = common.num_reqs + 1
+        starts_cpu = common.query_start_loc_cpu[:num_starts].clamp(
+            min=self.tree_batch.num_tree_rows
+        )
+        return common.replace(
+            query_start_loc=self.tree_batch.rest_starts[:num_starts],
+            query_start_loc_cpu=starts_cpu,
+            max_query_len=max_query_len,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+
+    def _metadata(
+        self,
+        common: CommonAttentionMetadata,
+        rest: FlashAttentionMetadata | None,
+        **trees: int | torch.Tensor,
+    ) -> TreeAttentionMetadata:
+        return TreeAttentionMetadata(
+            **trees,
+            rest=rest,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             masks=self.tree_batch.step_masks,
-            max_query_len=int((starts[1 : num_trees + 1] - starts[:num_trees]).max()),
             max_seq_len=common.max_seq_len,
             num_actual_tokens=common.num_actual_tokens,
-            rest=rest,
             counters=self.tree_batch.attention_counters,
         )
-
-
-def _tail(
-    common: CommonAttentionMetadata, first_req: int, first_token: int
-) -> CommonAttentionMetadata:
-    """The batch without its leading requests, as a batch of its own."""
-
-    def cut(rows):
-        return None if rows is None else rows[first_req:]
-
-    starts_cpu = common.query_start_loc_cpu[first_req:] - first_token
-    return common.replace(
-        query_start_loc=common.query_start_loc[first_req:] - first_token,
-        query_start_loc_cpu=starts_cpu,
-        seq_lens=common.seq_lens[first_req:],
-        num_reqs=common.num_reqs - first_req,
-        num_actual_tokens=common.num_actual_tokens - first_token,
-        max_query_len=int((starts_cpu[1:] - starts_cpu[:-1]).max()),
-        block_table_tensor=common.block_table_tensor[first_req:],
-        slot_mapping=common.slot_mapping[first_token:],
-        positions=None if common.positions is None else common.positions[first_token:],
-        is_prefilling=cut(common.is_prefilling),
-        seq_lens_cpu_upper_bound=cut(common.seq_lens_cpu_upper_bound),
-        req_idx=cut(common.req_idx),
-        rswa_prefix_lens=cut(common.rswa_prefix_lens),
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
-    )
 
 
 class TreeAttentionImpl(FlashAttentionImpl):
@@ -199,10 +242,7 @@ class TreeAttentionImpl(FlashAttentionImpl):
             )
         meta = attn_metadata
         if meta.rest is not None:
-            tail = slice(meta.num_tree_tokens, meta.num_actual_tokens)
-            super().forward(
-                layer, query[tail], key[tail], value[tail], kv_cache, meta.rest, output[tail]
-            )
+            super().forward(layer, query, key, value, kv_cache, meta.rest, output)
         # Layers of a step have tensors of equal shapes: the first one's check serves all.
         meta.plan = tree_attention(
             output[: meta.num_tree_tokens].view(-1, self.num_heads, self.head_size),

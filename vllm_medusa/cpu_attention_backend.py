@@ -25,8 +25,8 @@ from vllm_medusa import cpu_tree_rows
 from vllm_medusa.cpu_attention import LayerCache, cache_halves, tree_attention
 from vllm_medusa.cpu_compaction import CPUKVCompactor
 from vllm_medusa.cpu_linear import kernels
+from vllm_medusa.cpu_seams import cpu_ops
 from vllm_medusa.cpu_tree_plan import TreePlan, plan_trees
-from vllm_medusa.vllm_seams import cpu_ops
 
 if TYPE_CHECKING:
     from vllm_medusa.tree_batch import TreeBatch

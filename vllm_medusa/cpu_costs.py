@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from vllm_medusa import cpu_rows, vllm_seams
+from vllm_medusa import cpu_rows, cpu_seams
 
 TREE_ROWS = (1, 2, 3, 4, 6, 9, 12, 18, 24, 36, 48)
 PLAIN_ROWS = (1, 2, 4, 8, 16, 32)
@@ -147,13 +147,13 @@ def in_order(times: dict[int, float]) -> dict[int, float]:
 
 
 def _stock_product(weight: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-    owner = vllm_seams.make_onednn_product(weight)
+    owner = cpu_seams.make_onednn_product(weight)
     if owner is None:
         return lambda x: functional.linear(x, weight)
 
     def product(x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], weight.shape[0])
-        vllm_seams.onednn_product(out, x, None, owner.handler_tensor)
+        cpu_seams.onednn_product(out, x, None, owner.handler_tensor)
         return out
 
     return product

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_medusa import cpu_rows, vllm_seams
+from vllm_medusa import cpu_rows, cpu_seams
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.sequential_heads import SequentialHeads
 
@@ -51,7 +51,7 @@ def rows_product(
     if x.numel() > MOST_ROWS * panels.shape[1]:
         out = _result_shape(x, panels, bias, handler)
         flat = x.reshape(-1, x.shape[-1])
-        vllm_seams.onednn_product(out.view(flat.shape[0], -1), flat, bias, handler)
+        cpu_seams.onednn_product(out.view(flat.shape[0], -1), flat, bias, handler)
         return out
     out = cpu_rows.product(kernels(), x, panels)
     return out if bias is None else out.add_(bias)
@@ -77,7 +77,7 @@ def make_dispatch(original: Callable) -> Callable:
         if weight.is_meta or not multiplies or not cpu_rows.can_pack(weight):
             original(layer, remove_weight)
             return
-        many_rows = vllm_seams.make_onednn_product(weight)
+        many_rows = cpu_seams.make_onednn_product(weight)
         if many_rows is None:
             original(layer, remove_weight)
             return

@@ -10,7 +10,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
-from vllm_medusa import cpu_linear, vllm_seams
+from vllm_medusa import cpu_linear, cpu_seams
 from vllm_medusa.cpu_kernels.v2_runner import enable_v2_runner
 from vllm_medusa.front_end import CPU_BACKEND
 from vllm_medusa.runner import TreeRunnerMixin
@@ -20,7 +20,7 @@ def _row_products() -> contextlib.AbstractContextManager:
     """While active, layers that finish loading choose this project's products, if there are any."""
     if cpu_linear.kernels() is None:
         return contextlib.nullcontext()
-    return vllm_seams.cpu_product_dispatch(cpu_linear.make_dispatch)
+    return cpu_seams.cpu_product_dispatch(cpu_linear.make_dispatch)
 
 
 class MedusaCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
@@ -46,7 +46,7 @@ class MedusaCPUWorker(CPUWorker):
         """Register kernels and the attention backend in this process, then start as usual."""
         enable_v2_runner()
         register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
-        with vllm_seams.cpu_runner_class(MedusaCPUModelRunner):
+        with cpu_seams.cpu_runner_class(MedusaCPUModelRunner):
             super().init_device()
 
     def medusa_head_bytes(self) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_medusa import vllm_seams
@@ -216,7 +215,3 @@ class TreeRunnerMixin:
         self.model_state.postprocess_state(idx_mapping, walk.num_sampled, num_computed)
         if self.path_compactor is not None:
             self.path_compactor.move(idx_mapping, walk.root_positions, walk.path_masks)
-
-
-class MedusaModelRunner(TreeRunnerMixin, GPUModelRunner):
-    """The V2 runner on an NVIDIA GPU."""

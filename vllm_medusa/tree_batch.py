@@ -34,8 +34,15 @@ class TreeBatch:
         Zeros between launches of the tree kernel, at one address for all CUDA graphs.
     num_tree_reqs : int
         Leading requests of the batch whose query is a tree.
+    num_tree_rows : int
+        Rows of all of them.
     num_rows_np : numpy.ndarray, [num_tree_reqs] int32
         Rows (root + nodes) of each.
+    tree_starts, rest_starts : torch.Tensor, [max_num_reqs + 1] int32
+        Where queries begin for the kernel of the trees and for that of the other requests: each
+        has no rows for the requests of the other. Up to date in steps that need both.
+    in_mixed_graph : bool
+        Whether this step's forward pass is a graph that takes any batch.
     last_rows : torch.Tensor or None, [num_reqs] int64
         Logits row that ends each request's accepted path; None: one row a request.
     drafts : torch.Tensor or None, [num_reqs, W - 1] int64
@@ -64,7 +71,11 @@ class TreeBatch:
         self.fixed_slots = torch.ones(max_num_reqs, dtype=torch.int32, device=device)
         self.step_masks = self.masks.clone()
         self.attention_counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-        self.num_tree_reqs = 0
+        self.tree_starts, self.rest_starts = torch.zeros(
+            2, max_num_reqs + 1, dtype=torch.int32, device=device
+        )
+        self.in_mixed_graph = False
+        self.num_tree_reqs = self.num_tree_rows = 0
         self.num_rows_np = np.empty(0, dtype=np.int32)
         self.last_rows: torch.Tensor | None = None
         self.drafts: torch.Tensor | None = None
@@ -90,12 +101,20 @@ class TreeBatch:
         """
         self.last_rows = self.drafts = None
         drafts = input_batch.num_draft_tokens_per_req
-        if drafts is None or input_batch.num_draft_tokens == 0:
-            self.num_tree_reqs = 0
-            return
-        self.num_tree_reqs = int(np.count_nonzero(drafts))
-        self.num_rows_np = drafts[: self.num_tree_reqs] + 1
-        self.place_rows(input_batch.positions, input_batch)
+        has_trees = drafts is not None and input_batch.num_draft_tokens > 0
+        self.num_tree_reqs = int(np.count_nonzero(drafts)) if has_trees else 0
+        if self.in_mixed_graph or 0 < self.num_tree_reqs < input_batch.num_reqs:
+            num_rows = int(input_batch.query_start_loc_np[self.num_tree_reqs])
+            self.split_rows(input_batch.query_start_loc, num_rows)
+        if has_trees:
+            self.num_rows_np = drafts[: self.num_tree_reqs] + 1
+            self.place_rows(input_batch.positions, input_batch)
+
+    def split_rows(self, query_start_loc: torch.Tensor, num_tree_rows: int) -> None:
+        """Write where queries begin for each kernel; ``query_start_loc`` is [num_reqs + 1]."""
+        self.num_tree_rows, end = num_tree_rows, len(query_start_loc)
+        torch.clamp(query_start_loc, max=num_tree_rows, out=self.tree_starts[:end])
+        torch.clamp(query_start_loc, min=num_tree_rows, out=self.rest_starts[:end])
 
     def place_rows(self, positions: torch.Tensor, input_batch: InputBatch) -> None:
         """Turn the linear ``positions`` [num_tokens] of this step's tree rows into depths."""
@@ -115,6 +134,7 @@ class TreeBatch:
     def begin_dummy_step(self, input_batch: InputBatch) -> None:
         """Treat a dummy batch of whole or cut trees as such, any other as plain."""
         self.last_rows = self.drafts = None
+        self.in_mixed_graph = False
         rows = int(input_batch.num_scheduled_tokens[0])
         uniform = bool((input_batch.num_scheduled_tokens == rows).all())
         self.num_tree_reqs = input_batch.num_reqs if uniform and self.is_tree(rows) else 0

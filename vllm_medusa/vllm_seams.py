@@ -1,7 +1,8 @@
 """Every private vLLM name that this project relies on or replaces, and why.
 
 Made for vLLM 0.32.  vLLM has official hooks for the worker, the scheduler, the
-attention backend and CPU kernels; what follows has none.
+attention backend and CPU kernels; what follows has none. Names of its cluster and CPU
+code are in ``cluster_seams.py`` and ``cpu_seams.py``.
 
 ==============================================  =====================================
 name                                            why there is no other way
@@ -19,7 +20,6 @@ config.vllm.NgramGPUTypes                       names the methods that may be sc
                                                 asynchronously
 VllmConfig.use_v2_model_runner                  no V2 runner on a CPU without Triton's CPU
 VllmConfig._validate_v2_model_runner            backend; our kernels replace what it needs
-triton_utils.triton.next_power_of_2             vLLM's stand-in for Triton lacks it
 SamplingParams._validate_spec_decode            refuses min_p and logit_bias under any
                                                 speculation, our rule is exact for both; and
                                                 the place to refuse a request's own options
@@ -29,7 +29,8 @@ SpecDecodingProm.__init__                       one Prometheus label per draft t
                                                 63 nodes, but only `depth` positions
 gpu.model_runner.init_speculator                a name imported by the runner's
                                                 constructor; knows vLLM's methods only
-cpu.model_runner.CPUModelRunner                 CPUWorker.init_device builds it inline
+CudaGraphManager._candidates, ._capture_descs   vLLM's modes know graphs of mixed batches or of
+                                                uniform ones, not both
 RequestState.all_token_ids                      in host memory unless the method is ngram;
                                                 prompt lookup reads all of it at every step
 DefaultModelState.prepare_inputs                computes M-RoPE positions behind the runner's
@@ -38,11 +39,6 @@ Attention._q_scale, ._k_scale, ._v_scale        factors of a float8 cache; atten
                                                 ours among them, are given the layer for them
 selector._cached_get_attn_backend               remembers the backend of an engine that ran
                                                 earlier in this process
-_custom_ops.cpu_attn_reshape_and_cache          writes known rows, to check at start-up that
-                                                the packed CPU cache is laid out as we read it
-layers.utils.dispatch_cpu_unquantized_gemm      the only place where a CPU layer's product is
-                                                chosen; the row product has to be chosen there
-_custom_ops.create_onednn_mm, _C.onednn_mm      what it would have chosen, for many rows
 ==============================================  =====================================
 """
 
@@ -299,33 +295,6 @@ def cache_scales(layer: Any) -> tuple[Any, Any, Any]:
     return layer._q_scale, layer._k_scale, layer._v_scale
 
 
-def cpu_ops() -> Any:
-    """vLLM's compiled CPU operations."""
-    from vllm import _custom_ops
-
-    return _custom_ops
-
-
-def make_onednn_product(weight: Any) -> Any | None:
-    """oneDNN's product with a weight [out_features, in_features]; None where it has none.
-
-    The object owns a packed copy; its ``handler_tensor`` is what :func:`onednn_product` takes.
-    """
-    # Shapes whose plans oneDNN keeps, as in vLLM's own layers.
-    num_plans = 32
-    try:
-        return cpu_ops().create_onednn_mm(weight.t(), num_plans)
-    except (AttributeError, RuntimeError):
-        return None
-
-
-def onednn_product(out: Any, x: Any, bias: Any | None, handler: Any) -> None:
-    """``x @ weight.T + bias`` into ``out``, all two-dimensional."""
-    import torch
-
-    torch.ops._C.onednn_mm(out, x, bias, handler)
-
-
 def after_prepare_inputs(model_state: Any, action: Callable[[dict, Any], None]) -> None:
     """Let ``action(inputs, input_batch)`` correct what this model state's inputs are."""
     original = model_state.prepare_inputs
@@ -352,19 +321,36 @@ def keep_history_on_device(req_states: Any) -> None:
     )
 
 
+def add_full_graphs(manager: Any, descriptors: Sequence[Any]) -> None:
+    """Let vLLM capture further FULL graphs, and take them before PIECEWISE ones.
+
+    Parameters
+    ----------
+    manager : vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager
+        Before its capture.
+    descriptors : sequence of BatchExecutionDescriptor
+        A batch takes the first with enough tokens that fits, if no uniform graph does.
+    """
+    from vllm.config.compilation import CUDAGraphMode
+
+    captured = manager._capture_descs.setdefault(CUDAGraphMode.FULL, [])
+    captured.extend(descriptors)
+    # Largest first, as vLLM has them: smaller ones find their memory in the pool.
+    captured.sort(key=lambda descriptor: descriptor.num_tokens, reverse=True)
+    most = max((descriptor.num_tokens for descriptor in descriptors), default=0)
+    for case in manager.lora_capture_cases:
+        of_case = [one for one in descriptors if one.num_active_loras == case]
+        for num_tokens in range(most + 1):
+            known = manager._candidates.setdefault((num_tokens, case), [])
+            at = sum(one.cg_mode == CUDAGraphMode.FULL for one in known)
+            known[at:at] = [one for one in of_case if one.num_tokens >= num_tokens]
+
+
 def forget_attention_choices() -> None:
     """Make vLLM look its attention backends up again; it caches them for the whole process."""
     from vllm.v1.attention import selector
 
     selector._cached_get_attn_backend.cache_clear()
-
-
-def complete_triton_stand_in() -> None:
-    """Give vLLM's stand-in for Triton the one function that the V2 runner's host code calls."""
-    from vllm.triton_utils import HAS_TRITON, triton
-
-    if not HAS_TRITON:
-        triton.next_power_of_2 = lambda n: 1 << max(0, n - 1).bit_length()
 
 
 @contextlib.contextmanager
@@ -382,14 +368,3 @@ def replaced(module_name: str, name: str, value: Any) -> Iterator[None]:
 def speculator_factory(factory: Callable) -> contextlib.AbstractContextManager:
     """While active, the V2 runner's constructor builds its speculator with ``factory``."""
     return replaced("vllm.v1.worker.gpu.model_runner", "init_speculator", factory)
-
-
-def cpu_runner_class(runner_cls: type) -> contextlib.AbstractContextManager:
-    """While active, ``CPUWorker.init_device`` builds ``runner_cls``."""
-    return replaced("vllm.v1.worker.cpu.model_runner", "CPUModelRunner", runner_cls)
-
-
-def cpu_product_dispatch(make: Callable[[Callable], Callable]) -> contextlib.AbstractContextManager:
-    """While active, layers that finish loading choose their product with ``make(original)``."""
-    name, module = "dispatch_cpu_unquantized_gemm", "vllm.model_executor.layers.utils"
-    return replaced(module, name, make(getattr(importlib.import_module(module), name)))

@@ -34,7 +34,7 @@ class MedusaWorker(Worker):
         return times
 
     def _make_model_runner(self):
-        from vllm_medusa.runner import MedusaModelRunner
+        from vllm_medusa.gpu_runner import MedusaModelRunner
 
         return MedusaModelRunner(self.vllm_config, self.device)
 

@@ -88,6 +88,21 @@ def count_laid_out_steps() -> list[int]:
     return laid_out
 
 
+def count_graphs_of_mixed_batches(runner) -> list[int]:
+    """Note from now on the rows of batches whose forward pass is a graph for any mix."""
+    from vllm_medusa.mixed_graphs import is_mixed
+
+    replayed, run = [], runner.cudagraph_manager.run_fullgraph
+
+    def noting(desc):
+        if is_mixed(desc):
+            replayed.append(desc.num_tokens)
+        return run(desc)
+
+    runner.cudagraph_manager.run_fullgraph = noting
+    return replayed
+
+
 def count_whole_steps(padding: int = 2) -> list[int]:
     """Take the route of the verification graphs, eagerly and padded like a graph's size.
 
@@ -231,6 +246,11 @@ def break_something(part: str) -> None:
         PathChains.expand = lambda self, rows, chained: expand(self, rows, chained & False)
 
 
+def worker_of(llm):
+    """The only worker of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
 def counters(llm) -> dict:
     """Spec-decode counters of the engine's Prometheus registry."""
     found = {}
@@ -264,6 +284,9 @@ def main() -> None:
     row_products = count_row_products() if job.get("count_row_products") else {}
     launches = record_launches() if job.get("record_launches") else {}
     llm = LLM(**engine_arguments(job))
+    graphs = []
+    if job.get("count_graphs_of_mixed_batches"):
+        graphs = count_graphs_of_mixed_batches(worker_of(llm).model_runner)
     results = []
     for batch in job["batches"]:
         prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
@@ -279,8 +302,7 @@ def main() -> None:
                 for output in outputs
             ]
         )
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    worker = executor.driver_worker.worker
+    worker = worker_of(llm)
     runner = worker.model_runner
     Path(sys.argv[2]).write_text(
         json.dumps(
@@ -294,6 +316,7 @@ def main() -> None:
                 "whole_steps": len(whole_steps),
                 "laid_out_steps": len(laid_out),
                 "mixed_steps": len(mixed_steps),
+                "graphs_of_mixed_batches": len(graphs),
                 "row_products": row_products,
                 "distinct_trees": distinct_trees(runner),
                 "worker": f"{type(worker).__module__}.{type(worker).__name__}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -19,6 +21,8 @@ def builder(monkeypatch):
     from vllm_medusa.tree_batch import TreeBatch
 
     made = object.__new__(TreeAttentionMetadataBuilder)
+    made.rest_builder = object.__new__(flash_attn.FlashAttentionMetadataBuilder)
+    made.model_config = SimpleNamespace(max_model_len=512)
     chain = TokenTree.from_paths([[0] * depth for depth in range(1, W)])
     made.tree_batch = TreeBatch(chain, 8, torch.device("cpu"), row_counts=(1, CUT, W))
     monkeypatch.setattr(
@@ -64,21 +68,69 @@ def test_pure_verification_has_no_rest(builder):
     assert meta.max_query_len == 8
 
 
-def test_mixed_batch_splits_behind_the_tree_requests(builder):
-    builder.tree_batch.num_tree_reqs = 2
+def give_trees(builder, common, num_tree_reqs: int) -> None:
+    """What the runner does before metadata are built."""
+    builder.tree_batch.num_tree_reqs = num_tree_reqs
+    starts = common.query_start_loc
+    builder.tree_batch.split_rows(starts, int(starts[num_tree_reqs]))
+
+
+def test_each_kernel_has_no_rows_for_the_requests_of_the_other(builder):
     common = batch([8, 4, 1, 40], [10, 20, 30, 0])
+    give_trees(builder, common, 2)
     meta = builder.build(0, common)
     assert (meta.num_tree_reqs, meta.num_tree_tokens) == (2, 12)
+    assert meta.query_start_loc is common.query_start_loc
     assert meta.max_query_len == 8
     kind, rest = meta.rest
     assert kind == "flash"
-    assert rest.query_start_loc.tolist() == [0, 1, 41]
-    assert rest.query_start_loc_cpu.tolist() == [0, 1, 41]
-    assert rest.seq_lens.tolist() == [31, 40]
-    assert (rest.num_reqs, rest.num_actual_tokens, rest.max_query_len) == (2, 41, 40)
-    assert rest.block_table_tensor.tolist() == common.block_table_tensor[2:].tolist()
-    assert rest.slot_mapping.tolist() == list(range(12, 53))
-    assert rest.is_prefilling.tolist() == [False, True]
+    assert rest.query_start_loc.tolist() == [12, 12, 12, 13, 53]
+    assert rest.query_start_loc_cpu.tolist() == [12, 12, 12, 13, 53]
+    assert (rest.num_reqs, rest.num_actual_tokens, rest.max_query_len) == (4, 53, 40)
+    assert rest.seq_lens is common.seq_lens
+    assert rest.block_table_tensor is common.block_table_tensor
+    assert rest.slot_mapping is common.slot_mapping
+
+
+def test_plain_decodes_beside_trees_are_not_said_to_have_a_row_in_every_request(builder):
+    common = batch([8, 1, 1], [10, 20, 30])
+    give_trees(builder, common, 1)
+    _, rest = builder.build(0, common).rest
+    assert rest.max_query_len == 2
+
+
+MIXES = {
+    "trees and a prompt": ([8, 3, 30], 2),
+    "trees of different sizes": ([8, 3, 5], 3),
+    "prompts": ([20, 30, 7], 0),
+    "trees and padded requests": ([8, 8, 30, 0, 0], 2),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_a_mixed_graph_is_told_the_same_at_capture_and_replay(builder, name):
+    query_lens, num_tree_reqs = MIXES[name]
+    common = batch(query_lens, [0] * len(query_lens))
+    num_rows, num_reqs = common.num_actual_tokens, common.num_reqs
+    captured = builder.build_for_cudagraph_capture(common.replace(max_query_len=num_rows))
+    trees = builder.tree_batch
+    assert trees.tree_starts[: num_reqs + 1].tolist() == [0] * (num_reqs + 1)
+    assert trees.rest_starts[: num_reqs + 1].tolist() == common.query_start_loc.tolist()
+
+    give_trees(builder, common, num_tree_reqs)
+    trees.in_mixed_graph = True
+    replayed = builder.build(0, common)
+    behind = int(common.query_start_loc[num_tree_reqs])
+    starts = common.query_start_loc.tolist()
+    assert trees.tree_starts[: num_reqs + 1].tolist() == [min(at, behind) for at in starts]
+    assert trees.rest_starts[: num_reqs + 1].tolist() == [max(at, behind) for at in starts]
+    for meta in (captured, replayed):
+        assert (meta.num_tree_reqs, meta.num_tree_tokens) == (num_reqs, num_rows)
+        assert (meta.max_query_len, meta.query_start_loc) == (W, trees.tree_starts)
+        _, rest = meta.rest
+        assert (rest.num_reqs, rest.num_actual_tokens) == (num_reqs, num_rows)
+        assert (rest.max_query_len, rest.max_seq_len) == (num_rows, 512)
+        assert rest.query_start_loc.data_ptr() == trees.rest_starts.data_ptr()
 
 
 def test_padded_requests_of_a_full_graph_belong_to_the_launch(builder):
@@ -96,6 +148,8 @@ def test_capture_takes_the_tree_kernel_for_full_uniform_batches_only(builder):
     assert builder.build_for_cudagraph_capture(batch([1, 1], [0, 0]))[0] == "flash"
     assert builder.build_for_cudagraph_capture(batch([4, 4], [0, 0]))[0] == "flash"
     assert builder.build_for_cudagraph_capture(batch([8, 3], [0, 0]))[0] == "flash"
+    alone = builder.build_for_cudagraph_capture(batch([8], [0]))
+    assert (alone.num_tree_reqs, alone.rest) == (1, None)
 
 
 def test_masks_are_the_persistent_buffer_that_graphs_read(builder):

@@ -103,16 +103,23 @@ def asleep(model, run_series) -> dict:
     return result
 
 
-def test_prompts_between_trees_take_the_graph(model, run_job):
-    """Requests come and go: every step's rest is one graph, and says what plain decoding says."""
+@pytest.mark.parametrize("sampled", [False, True])
+def test_prompts_between_trees_take_graphs(model, run_job, sampled):
+    """Requests come and go: forward pass and rest are graphs, and say what plain decoding says."""
     prompts = traffic.prompts(24, seed=4, high=64)
     params = traffic.sampling("greedy", 24, max_tokens=40)
     params = [one | {"max_tokens": 16 + i} for i, one in enumerate(params)]
+    if sampled:
+        # Nucleus sampling leaves the graph of the rest, not that of the forward pass; of one
+        # token it is greedy.
+        params = [one | {"temperature": 1.0, "top_p": 1e-6} for one in params]
     engine = {"model": model["model"], **ENGINE, "max_num_batched_tokens": 128}
     named = [{"prompts": prompts, "sampling": [one | {"logprobs": 2} for one in params]}]
     plain = run_job(engine, named)
     found = run_job(
-        engine | speculation(model["heads"]), [{"prompts": prompts, "sampling": params}]
+        engine | speculation(model["heads"]),
+        [{"prompts": prompts, "sampling": params}],
+        count_graphs_of_mixed_batches=True,
     )
     first_choices = [
         [row | {"token_ids": row["token_ids"][0]} for row in result["batches"][0]]
@@ -120,7 +127,8 @@ def test_prompts_between_trees_take_the_graph(model, run_job):
     ]
     assert_alike(*first_choices)
     assert found["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
-    assert found["laid_out_steps"] >= 4
+    assert found["graphs_of_mixed_batches"] >= 8
+    assert found["laid_out_steps"] >= 4 or sampled
 
 
 def test_sleep_keeps_target_and_heads(asleep):

@@ -28,7 +28,7 @@ def enable_v2_runner() -> bool:
 
         from vllm_medusa.cpu_kernels.refusal import make_refusal, uncovered_kernels
         from vllm_medusa.cpu_kernels.registry import FALLBACKS
-        from vllm_medusa.vllm_seams import complete_triton_stand_in
+        from vllm_medusa.cpu_seams import complete_triton_stand_in
 
         complete_triton_stand_in()
         register_kernels(FALLBACKS)
