@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, max_tokens=128, rounds=2, concurrency=[1, 8, 32])
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES))
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
     add_side_option(parser)
     parser.add_argument(
