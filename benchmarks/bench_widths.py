@@ -25,6 +25,7 @@ from typing import Any
 from bench_serving import tokens_per_second
 from cells import Cells, add_options, record_head
 from compare import steps_of
+from contenders import target_config
 from engine_process import EngineProcess, benchmarks_on_path
 from load import CLOSED_LOOP, num_measured
 from records import spread, write_record
@@ -166,9 +167,11 @@ def start(args: argparse.Namespace) -> EngineProcess:
     }  # fmt: skip
     if args.kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 2**30)
-    # A small model's positions end early; its text is then worse, the steps cost the same.
-    environment = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
-    return EngineProcess("adaptive", arguments, environment | benchmarks_on_path())
+    if longest > target_config(args.model)["max_position_embeddings"]:
+        # Beyond the positions that it was trained on a model's text is worse; the steps cost the
+        # same. Without room for them its rotary table would be read behind its end.
+        arguments["hf_overrides"] = {"max_position_embeddings": longest}
+    return EngineProcess("adaptive", arguments, benchmarks_on_path())
 
 
 def main() -> None:
