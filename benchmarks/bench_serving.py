@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from contenders import add_side_option, further_sides
-from engine_process import EngineProcess, benchmarks_on_path
+from engine_process import EngineProcess, benchmarks_on_path, num_slots
 from load import CLOSED_LOOP, FINITE_BATCH, num_measured
 from records import earlier_record, spread, write_record
 from synthetic_profile import MOST_NODES, PAPER_TOKENS_PER_STEP, write_tree
@@ -319,7 +319,7 @@ def main() -> None:
         "quantization": args.quantization,
         "enforce_eager": args.enforce_eager,
         "max_model_len": args.max_model_len,
-        "max_num_seqs": args.max_num_seqs or max(8, *args.concurrency),
+        "max_num_seqs": num_slots(args.max_num_seqs, args.concurrency),
         # Both turns share a prefix; reusing it would time the cache, not decoding.
         "enable_prefix_caching": False,
         "seed": args.seed,

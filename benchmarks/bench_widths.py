@@ -26,7 +26,7 @@ from bench_serving import tokens_per_second
 from cells import Cells, add_options, record_head
 from compare import steps_of
 from contenders import target_config
-from engine_process import EngineProcess, benchmarks_on_path
+from engine_process import EngineProcess, benchmarks_on_path, num_slots
 from load import CLOSED_LOOP, num_measured
 from records import spread, write_record
 from roofline import step_record
@@ -93,7 +93,7 @@ def make_blocks(engine: EngineProcess, args: argparse.Namespace) -> tuple[list, 
     pool = choose_prompts(read_prompts(args.questions).prompts, args.num_questions)
     requests = [([{"role": "user", "content": q.turns[0]}], {}) for q in pool]
     sampling = {"temperature": 0.0, "max_tokens": args.answer_tokens}
-    level = args.max_num_seqs or max(args.concurrency)
+    level = num_slots(args.max_num_seqs, args.concurrency)
     answers = engine.run(requests, sampling, min(64, level))["answers"]
     blocks = [a["prompt_token_ids"] + a["token_ids"] for a in answers]
     return blocks, [a["prompt_token_ids"] for a in answers]
@@ -160,7 +160,7 @@ def start(args: argparse.Namespace) -> EngineProcess:
     arguments: dict[str, Any] = {
         "model": args.model, "dtype": args.dtype, "enforce_eager": args.enforce_eager,
         "max_model_len": longest, "seed": args.seed, "enable_prefix_caching": True,
-        "max_num_seqs": args.max_num_seqs or max(args.concurrency),
+        "max_num_seqs": num_slots(args.max_num_seqs, args.concurrency),
         "per_request_spec_decode_metrics": "summary",
         "worker_extension_cls": "forced_nodes.ForcedNodes",
         "speculative_config": {"method": "medusa", "model": args.heads} | args.config,

@@ -34,7 +34,7 @@ from bench_serving import (
 from cases import Case, case_of
 from cells import Cells, add_options, record_head
 from contenders import SIDES, STOCK, add_side_option, contenders
-from engine_process import EngineError, EngineProcess, one_line
+from engine_process import EngineError, EngineProcess, num_slots, one_line
 from load import CLOSED_LOOP, FINITE_BATCH, num_measured
 from records import spread
 
@@ -130,7 +130,7 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     common: dict[str, Any] = {
         "model": args.model, "dtype": args.dtype, "enforce_eager": args.enforce_eager,
         "max_model_len": args.max_model_len,
-        "max_num_seqs": args.max_num_seqs or max(8, *args.concurrency),
+        "max_num_seqs": num_slots(args.max_num_seqs, args.concurrency),
         "enable_prefix_caching": False, "seed": args.seed,
     }  # fmt: skip
     if args.kv_cache_gb is not None:

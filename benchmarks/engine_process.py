@@ -14,14 +14,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from load import FINITE_BATCH, answer_all
 
 from vllm_medusa.training.child_process import end_process
 
 START_TIMEOUT_S = 900
+# ``max_num_seqs`` of engines on a GPU at least. vLLM captures graphs of at most twice as many rows:
+# with as few slots as requests in flight, plain steps with a prompt in them would have none.
+LEAST_GPU_SLOTS = 256
+LEAST_CPU_SLOTS = 8
 MOST_REASON_CHARACTERS = 300
 # A process whose pipe is closed gets this long to tell its exit code.
 _END_S = 10
+
+
+def num_slots(given: int | None, concurrency: list[int]) -> int:
+    """``max_num_seqs`` of all engines of a benchmark: as given, or enough for every level."""
+    least = LEAST_GPU_SLOTS if torch.cuda.is_available() else LEAST_CPU_SLOTS
+    return given or max(least, *concurrency)
 
 
 def benchmarks_on_path() -> dict[str, str]:
