@@ -58,6 +58,8 @@ class ForcedNodes(StepMeter):
         ------
         RuntimeError
             The scheduler runs in another process.
+        ValueError
+            The engine's tree has fewer nodes.
         """
         if len(_schedulers) != 1:
             raise RuntimeError(
@@ -65,6 +67,12 @@ class ForcedNodes(StepMeter):
                 "worker on a GPU, or with VLLM_ENABLE_V1_MULTIPROCESSING=0 on a CPU"
             )
         scheduler = _schedulers[0]
+        most = scheduler._speculative_config.token_tree.num_nodes
+        if nodes is not None and nodes > most:
+            raise ValueError(
+                f"nodes is {nodes}, expected at most the {most} of the engine's tree, as a wider "
+                "step verifies the same ones; set num_speculative_tokens or leave this width out"
+            )
         lookup = scheduler.dynamic_sd_lookup
         if isinstance(lookup, ForcedLookup):
             lookup = lookup.chosen

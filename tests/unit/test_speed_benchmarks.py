@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,24 @@ def test_forced_lookup_goes_on_learning():
     forced = ForcedLookup(chosen, 7)
     forced.look_again(11.0)
     assert [forced[size] for size in range(len(forced))] == [7, 7, 7] and chosen[-1] == 11.0
+
+
+def test_widths_beyond_the_tree_are_no_widths_of_their_own(monkeypatch):
+    import forced_nodes
+
+    scheduler = SimpleNamespace(
+        _speculative_config=SimpleNamespace(token_tree=SimpleNamespace(num_nodes=5)),
+        dynamic_sd_lookup=[0, 5],
+        _budget=None,
+    )
+    monkeypatch.setattr(forced_nodes, "_schedulers", [scheduler])
+    worker = object.__new__(forced_nodes.ForcedNodes)
+    assert worker.force_nodes(5) == {"nodes_by_batch_size": [5], "share": None}
+    assert scheduler.dynamic_sd_lookup[1] == 5
+    with pytest.raises(ValueError, match="nodes is 7, expected at most the 5"):
+        worker.force_nodes(7)
+    worker.force_nodes(None)
+    assert scheduler.dynamic_sd_lookup == [0, 5]
 
 
 def test_percentile():
