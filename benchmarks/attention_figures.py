@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from timing import capture, time_in_turns
 
+from vllm_medusa.triton_kernels.attention_plan import SHARED_BYTES
+
 # Of a multiprocessor of compute capability 9.0; a program takes 1 KiB of shared memory beside
 # its own, and registers by the 256 of a warp.
-REGISTERS, SHARED_BYTES, WARPS, PROGRAMS = 64 << 10, 228 << 10, 64, 32
+REGISTERS, WARPS, PROGRAMS = 64 << 10, 64, 32
 COPIED_BYTES = 1 << 30
 PRODUCT_SIZE = 8192
 

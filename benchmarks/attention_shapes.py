@@ -7,7 +7,7 @@ import random
 from typing import Any, NamedTuple
 
 import torch
-from timing import BANDWIDTH
+from timing import BANDWIDTH, PRODUCT_RATE
 
 from vllm_medusa.triton_kernels import reference
 
@@ -109,4 +109,4 @@ def work_of(shape: Shape) -> tuple[float, float]:
 def floor_us(shape: Shape) -> float:
     """The larger of KV bytes at 3.0 TB/s and products at 800 TFLOP/s (an H100's measured rates)."""
     kv_bytes, flop = work_of(shape)
-    return max(kv_bytes / BANDWIDTH, flop / 800e12) * 1e6
+    return max(kv_bytes / BANDWIDTH, flop / PRODUCT_RATE) * 1e6

@@ -11,13 +11,11 @@ peer that cannot be captured and is timed launch by launch, is recorded with the
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import torch
 from attention_shapes import BLOCK_SIZE, MODELS, Shape, make_arguments, work_of
@@ -32,7 +30,7 @@ from bench_tree_attention import (
     reason_of,
 )
 from records import write_record
-from timing import parse_on_gpu
+from timing import parse_on_gpu, sweep_parser
 
 SHAPES = [
     Shape(batch, context, rows, *model)
@@ -80,12 +78,7 @@ def compile_all(processes: int) -> None:
 def main() -> None:
     """Compile, measure, write the record."""
     begin = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=int, default=145, help="when to leave the rest out")
-    parser.add_argument("--processes", type=int, default=12, help="that compile")
-    args = parse_on_gpu(parser)
+    args = parse_on_gpu(sweep_parser(__doc__, seconds=145, processes=12))
     compile_all(args.processes)
     print(f"{time.monotonic() - begin:.0f} s: compiled", flush=True)
     makes, rates = kernels(), device_rates()

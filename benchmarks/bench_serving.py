@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import add_options
 from contenders import add_side_option, further_sides
 from engine_process import EngineProcess, benchmarks_on_path, num_slots
 from load import CLOSED_LOOP, FINITE_BATCH, num_measured
@@ -30,24 +31,11 @@ from synthetic_profile import MOST_NODES, PAPER_TOKENS_PER_STEP, write_tree
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.training.prompt_files import Prompt, choose_prompts, read_prompts
 
-QUESTIONS = Path(__file__).parent / "data" / "mt_bench_questions.jsonl"
-
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="target model directory")
-    parser.add_argument("--heads", required=True, help="Medusa heads")
-    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
-    parser.add_argument("--label", default=None, help="how tables name the model")
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        default=float("inf"),
-        metavar="SECONDS",
-        help="start no concurrency that would probably end later; the next call goes on",
-    )
-    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    add_options(parser, max_tokens=256, rounds=3, concurrency=[1])
     parser.add_argument(
         "--num-questions",
         type=int,
@@ -55,31 +43,17 @@ def parse_args() -> argparse.Namespace:
         help="spread over categories; thrice the requests in flight if that is more",
     )
     parser.add_argument("--turns", type=int, default=2, choices=(1, 2))
-    parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tree", default=None, help="tree of the Medusa side")
     parser.add_argument("--nodes", type=int, default=None, help="node budget of the Medusa side")
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantization", default=None, help="of both sides, as fp8 on line")
-    parser.add_argument("--enforce-eager", action="store_true", help="start fast, run slowly")
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--max-num-seqs", type=int, default=None)
     parser.add_argument(
         "--row-products",
         action="store_true",
         help="on a CPU: a third side, plain vLLM with the products that Medusa brings",
     )
     add_side_option(parser)
-    parser.add_argument(
-        "--kv-cache-gb",
-        type=float,
-        default=None,
-        help="KV cache of each side, and all start together; without it one after the other, since "
-        "each profiles the memory that it finds",
-    )
     parser.add_argument(
         "--synthetic-acceptance",
         type=float,

@@ -7,16 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_serving import QUESTIONS
 from records import earlier_record, write_record
 
 from vllm_medusa.provenance import git_sha
+
+QUESTIONS = Path(__file__).parent / "data" / "mt_bench_questions.jsonl"
 
 
 def add_options(
     parser: argparse.ArgumentParser, *, max_tokens: int, rounds: int, concurrency: list[int]
 ) -> None:
-    """Options that every benchmark of cells has, with the defaults that differ."""
+    """Options that every benchmark of engines has, with the defaults that differ."""
     parser.add_argument("--out", type=Path, required=True, help="JSON record to write or extend")
     parser.add_argument(
         "--time-limit",
@@ -36,7 +37,12 @@ def add_options(
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--enforce-eager", action="store_true", help="start fast, run slowly")
     parser.add_argument("--max-num-seqs", type=int, default=None)
-    parser.add_argument("--kv-cache-gb", type=float, default=None, help="of each engine")
+    parser.add_argument(
+        "--kv-cache-gb",
+        type=float,
+        default=None,
+        help="of each engine; without it none starts beside another, as each profiles free memory",
+    )
 
 
 def record_head(args: argparse.Namespace, benchmark: str, load: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench_serving import QUESTIONS, acceptance, agreement, answer
+from bench_serving import acceptance, agreement, answer
+from cells import QUESTIONS
 from engine_process import EngineProcess
 from load import FINITE_BATCH
 from records import write_record

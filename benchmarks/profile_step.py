@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
-from bench_serving import QUESTIONS
+from cells import QUESTIONS
 from contenders import add_side_option, further_sides
 from engine_process import token_ids
 from load import answer_all

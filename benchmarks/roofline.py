@@ -18,9 +18,9 @@ from typing import Any
 from engine_process import EngineProcess, benchmarks_on_path
 from records import write_record
 from roofline_figure import draw_roofline
-from timing import BANDWIDTH
+from timing import BANDWIDTH, PRODUCT_RATE
 
-TFLOPS = 800.0  # an H100's measured rate
+TFLOPS = PRODUCT_RATE / 1e12
 
 
 def parse_args() -> argparse.Namespace:

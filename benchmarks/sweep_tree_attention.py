@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from attention_calls import chosen_plan, with_plan
 from attention_peers import flash_attention
 from attention_shapes import MODELS, TOLERANCE, Shape, floor_us, make_arguments, twin_output
 from records import write_record
-from timing import parse_on_gpu, start_us, time_gpu
+from timing import parse_on_gpu, start_us, sweep_parser, time_gpu
 
 from vllm_medusa.triton_kernels import attention_kernels
 from vllm_medusa.triton_kernels.attention import num_multiprocessors
@@ -192,12 +191,7 @@ def print_best(shape: Shape, row: dict[str, Any], count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=int, default=150, help="when to stop timing")
-    parser.add_argument("--processes", type=int, default=14, help="that compile")
-    args = parse_on_gpu(parser)
+    args = parse_on_gpu(sweep_parser(__doc__, seconds=150, processes=14))
     begin = time.monotonic()
     args.deadline = begin + args.seconds - 5
     print(f"a kernel that does nothing: {start_us():.2f} us")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 BANDWIDTH = 3.0e12  # bytes/s, an H100's measured rate
+PRODUCT_RATE = 800e12  # FLOP/s of large bf16 products, measured there too
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,16 @@ def kernel_benchmark_parser(description: str, quick: str) -> argparse.ArgumentPa
     parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--repeats", type=int, default=40)
+    return parser
+
+
+def sweep_parser(description: str, *, seconds: int, processes: int) -> argparse.ArgumentParser:
+    """Options of benchmarks that compile in many processes first and then end in time."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=int, default=seconds, help="when to leave the rest out")
+    parser.add_argument("--processes", type=int, default=processes, help="that compile")
     return parser
 
 

@@ -146,7 +146,7 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             rest_starts = starts[num_tree_reqs : common.num_reqs + 1]
             longest = int((rest_starts[1:] - rest_starts[:-1]).max())
             # FlashAttention 2 takes a longest query of 1 for one row in every request.
-            rest = super().build(0, self._behind_trees(common, max(2, longest)))
+            rest = super().build(0, self._behind_trees(common, max_query_len=max(2, longest)))
         return self._metadata(
             common,
             rest,
@@ -159,8 +159,9 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     def _build_mixed(self, common: CommonAttentionMetadata) -> TreeAttentionMetadata:
         """Any batch, for a graph: what the host says of it is the same at capture and replay."""
         num_rows = common.num_actual_tokens
-        rest = self._behind_trees(common, num_rows)
-        rest = rest.replace(max_seq_len=self.model_config.max_model_len)
+        rest = self._behind_trees(
+            common, max_query_len=num_rows, max_seq_len=self.model_config.max_model_len
+        )
         return self._metadata(
             common,
             self.rest_builder.build(0, rest),
@@ -171,9 +172,9 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         )
 
     def _behind_trees(
-        self, common: CommonAttentionMetadata, max_query_len: int
+        self, common: CommonAttentionMetadata, **bounds: int
     ) -> CommonAttentionMetadata:
-        """The same batch with no rows for its tree requests."""
+        """The same batch with no rows for its tree requests, and other bounds."""
         num_starts = common.num_reqs + 1
         starts_cpu = common.query_start_loc_cpu[:num_starts].clamp(
             min=self.tree_batch.num_tree_rows
@@ -181,7 +182,7 @@ class TreeAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         return common.replace(
             query_start_loc=self.tree_batch.rest_starts[:num_starts],
             query_start_loc_cpu=starts_cpu,
-            max_query_len=max_query_len,
+            **bounds,
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
