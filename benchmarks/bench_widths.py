@@ -4,7 +4,9 @@
 
 One engine with ``adaptive`` on; per cell it is held at each width for one short round, and the best
 of them then take turns with its own choice, so that all are measured with the same graphs,
-interleaved.  Prompts of a length are different MT-Bench questions with the model's own answers, in
+interleaved.  What the choice expected of every width is in the record.
+
+Prompts of a length are different MT-Bench questions with the model's own answers, in
 an order of their own, and a last question; the prefix cache keeps them, so that rounds after the
 first are decoding only.  Rounds are closed loops (load.py) over the prompts, which come again where
 a loop needs more.  Cells of few tokens in the cache come first: a time limit leaves the most of
@@ -34,8 +36,10 @@ from roofline import step_record
 from vllm_medusa.training.prompt_files import choose_prompts, read_prompts
 
 ADAPTIVE = "adaptive"
-# Above, no graphs were captured and no step was timed (step_timer.py).
-MOST_ROWS = 1024
+# Above, batches of equal trees have no graph of their own and no step was timed (step_timer.py).
+MOST_ROWS = 512
+# Of an answer in the rounds that only rank the widths, and teach what each accepts.
+SCOUT_TOKENS = 48
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,7 +114,11 @@ def held_at(
     if width == ADAPTIVE:
         (state,) = engine.call_workers("force_nodes", None)
         sizes = state["nodes_by_batch_size"]
-        run["chosen"] = {"nodes": sizes[min(level, len(sizes)) - 1], "share": state["share"]}
+        (expected,) = engine.call_workers("expected_steps", level)
+        run["chosen"] = {
+            "nodes": sizes[min(level, len(sizes)) - 1], "share": state["share"],
+            "expected": expected,
+        }  # fmt: skip
     return run
 
 
@@ -127,7 +135,8 @@ def measure(
     engine.call_workers("force_nodes", None)
     engine.run(once, sampling, level)
     held_at(engine, ADAPTIVE, once, sampling, level)
-    scouts = {width: [held_at(engine, width, once, sampling, level)] for width in fixed}
+    short = sampling | {"max_tokens": min(SCOUT_TOKENS, args.max_tokens)}
+    scouts = {width: [held_at(engine, width, once, short, level)] for width in fixed}
     ranked = sorted(fixed, key=lambda width: -tokens_per_second(scouts[width][0]))
     widths = [ADAPTIVE, *ranked[: args.finalists]]
     runs: dict[Any, list] = {width: [] for width in widths}
@@ -156,7 +165,9 @@ def measure(
 
 def start(args: argparse.Namespace) -> EngineProcess:
     """The engine; its longest prompt and answer fit."""
-    longest = max(args.context) + args.max_tokens + max(args.nodes) + 1
+    # Async scheduling counts the rows of two steps before it knows what they accepted; behind that
+    # the last trees of an answer would be cut.
+    longest = max(args.context) + args.max_tokens + 2 * (max(args.nodes) + 1)
     arguments: dict[str, Any] = {
         "model": args.model, "dtype": args.dtype, "enforce_eager": args.enforce_eager,
         "max_model_len": longest, "seed": args.seed, "enable_prefix_caching": True,

@@ -82,3 +82,22 @@ class ForcedNodes(StepMeter):
             "nodes_by_batch_size": [lookup[size] for size in range(1, len(lookup))],
             "share": None if budget is None else budget.share,
         }
+
+    def expected_steps(self, requests: int) -> list[dict[str, float]]:
+        """What the choice expects of a batch's steps at every width, at the mean context.
+
+        Returns
+        -------
+        list of dict
+            ``nodes``, ``ms`` of a step, ``accepted`` tokens of a request; empty without prices.
+        """
+        scheduler = _schedulers[0]
+        budget, context = scheduler._budget, scheduler._context
+        if budget is None:
+            return []
+        times = {n: budget.costs.of(n + 1, requests, context) for n in budget.choices}
+        return [
+            {"nodes": nodes, "ms": 1e3 * seconds, "accepted": budget.accepted(nodes)}
+            for nodes, seconds in times.items()
+            if seconds is not None
+        ]

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from vllm_medusa.step_costs import StepCosts
+from vllm_medusa.served_costs import ServedCosts
 
 # Calibration's answers and the served ones differ. Shipped heads, MT-Bench: depth 1 is
 # accepted in 0.9 of the calibrated share.
@@ -21,17 +21,19 @@ LOOKUP_SHARE = 1.12
 LOOKUP_SHARE_OF_DOUBLING = 0.05
 # A step's evidence halves after about 1400 request-steps: some seconds of a busy server.
 DECAY = 1 - 1 / 2048
-# Kept at every look at the prices, 64 steps apart.
-RELAXATION = 0.98
+# Kept at every look at the prices, 32 steps apart.
+RELAXATION = 0.99
 # Another budget must promise this much more to be worth a change of graphs.
 HYSTERESIS = 1.01
 # A width that was not tried lately is taken to accept up to this much more than is known of it,
 # so that it is tried where it may be best: the shape of what is accepted over the widths is not
 # the calibrated one where prompt lookup proposes too.
 OPTIMISM = 0.2
+# And its step to take this much less than was measured at start, while it has not been served.
+TIME_OPTIMISM = 0.15
 # One look in so many is bold: a width of which nothing is known is taken to accept up to twice
 # what is expected, or nothing would ever be learnt where plain decoding seems best.
-BOLD_LOOKS = 100
+BOLD_LOOKS = 200
 BOLDNESS = 1.0
 
 
@@ -70,7 +72,7 @@ class NodeBudget:
         Share of steps whose accepted path holds each node, best first (``tree.json``).
     choices : sequence of int
         Node counts for which the engine has graphs; 0 is plain decoding.
-    costs : StepCosts
+    costs : ServedCosts
     depths : sequence of int, optional
         Number of nodes -> most tokens that they can have accepted; without it all of them.
     lookup : bool, optional
@@ -79,7 +81,7 @@ class NodeBudget:
     Examples
     --------
     >>> costs = StepCosts({(1, 1, 0): 1.0, (2, 1, 0): 1.2, (1, 8, 0): 1.0, (2, 8, 0): 2.0})
-    >>> budget = NodeBudget([0.7], [0, 1], costs)
+    >>> budget = NodeBudget([0.7], [0, 1], ServedCosts(costs))
     >>> budget.choose(1, 0), budget.choose(8, 0)
     (1, 0)
     """
@@ -88,7 +90,7 @@ class NodeBudget:
         self,
         frequencies: Sequence[float],
         choices: Sequence[int],
-        costs: StepCosts,
+        costs: ServedCosts,
         depths: Sequence[int] | None = None,
         lookup: bool = False,
     ):
@@ -139,12 +141,20 @@ class NodeBudget:
     def relax(self) -> None:
         """Forget a little: plain steps bring no evidence, so a tree is tried again at last.
 
-        Without evidence the prior weighs as much again after some 190 calls.
+        Without evidence the prior weighs as much again after some 380 calls.
         """
+        self.costs.relax()
         for own in self._evidence.values():
             own.relax()
 
-    def rate(self, nodes: int, requests: int, context: float, optimism: float = 0.0):
+    def rate(
+        self,
+        nodes: int,
+        requests: int,
+        context: float,
+        optimism: float = 0.0,
+        time_optimism: float = 0.0,
+    ) -> float | None:
         """Tokens per second of one request; None where the step was not measured.
 
         Parameters
@@ -152,8 +162,8 @@ class NodeBudget:
         nodes, requests : int
         context : float
             Keys of a request.
-        optimism : float
-            Share by which more is accepted than is known.
+        optimism, time_optimism : float
+            Shares by which more is accepted, and by which a step takes less, than is known.
 
         Returns
         -------
@@ -162,7 +172,8 @@ class NodeBudget:
         seconds = self.costs.of(nodes + 1, requests, context)
         if seconds is None:
             return None
-        return (1 + (1 + optimism) * self.accepted(nodes)) / seconds
+        accepted = (1 + optimism) * self.accepted(nodes)
+        return (1 + accepted) / ((1 - time_optimism) * seconds)
 
     def choose(
         self, requests: int, context: float, current: int | None = None, bold: bool = False
@@ -172,12 +183,15 @@ class NodeBudget:
         None where nothing was measured for a batch of this size.
         """
         known = {n: own.weight for n, own in self._evidence.items()}
+        timed = {n: self.costs.weight(n + 1, requests) for n in self.choices}
         # Nothing is known of any width at the start: no reason to prefer one.
         most = 1.0 if bold else max(known.values(), default=0.0)
+        most_timed = max(timed.values(), default=0.0)
         rates = {}
         for nodes in self.choices:
             optimism = (BOLDNESS if bold else OPTIMISM) * (most - known.get(nodes, 0.0))
-            rate = self.rate(nodes, requests, context, optimism)
+            time_optimism = TIME_OPTIMISM * (most_timed - timed[nodes])
+            rate = self.rate(nodes, requests, context, optimism, time_optimism)
             if rate is not None:
                 rates[nodes] = rate
         if not rates:

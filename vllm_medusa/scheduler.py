@@ -16,12 +16,13 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_medusa.grammar_masks import tree_masks
 from vllm_medusa.node_budget import NodeBudget, PricedLookup
 from vllm_medusa.request_options import RequestOptions, keeps_start_up_tree
+from vllm_medusa.served_costs import ServedCosts, StepClock
 from vllm_medusa.step_costs import StepCosts
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Steps between two looks at the nodes' price; 64 are half a second of an 8B model.
-STEPS_PER_LOOK = 64
+# Steps between two looks at the nodes' price; 32 are a quarter of a second of an 8B model.
+STEPS_PER_LOOK = 32
 
 
 class TreeSchedulerMixin:
@@ -49,6 +50,7 @@ class TreeSchedulerMixin:
         self._max_depth = max(self._depth_of_nodes[-1], self._chosen_depths[-1])
         self._budget = self._read_budget(vllm_config)
         self._steps_to_look = 0
+        self._clock, self._context = StepClock(), 0.0
 
     def _read_budget(self, vllm_config: Any) -> NodeBudget | None:
         """What steps cost, as the workers measured it; None where the schedule stays as it is."""
@@ -67,7 +69,7 @@ class TreeSchedulerMixin:
         budget = NodeBudget(
             config.node_frequencies,
             [rows - 1 for rows in choices],
-            costs,
+            ServedCosts(costs),
             self._chosen_depths,
             lookup=config.prompt_lookup > 0,
         )
@@ -83,7 +85,8 @@ class TreeSchedulerMixin:
             if self._steps_to_look < 0:
                 self._steps_to_look = STEPS_PER_LOOK
                 computed = sum(request.num_computed_tokens for request in self.running)
-                self.dynamic_sd_lookup.look_again(computed / max(1, len(self.running)))
+                self._context = computed / max(1, len(self.running))
+                self.dynamic_sd_lookup.look_again(self._context)
         return super().schedule(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
@@ -171,12 +174,25 @@ class TreeSchedulerMixin:
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
         """vLLM's own; per-request metrics are told to leave out what depth does not count."""
+        if self._budget is not None:
+            self._time_step(scheduler_output)
         if self.spec_decode_metrics_level != "none":
             scheduler_output.num_invalid_spec_tokens = {
                 request_id: len(tokens) - self._depth(request_id, len(tokens))
                 for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
             }
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _time_step(self, scheduler_output: SchedulerOutput) -> None:
+        """Tell the budget how long the step took, if all its requests had as many rows."""
+        requests = len(scheduler_output.num_scheduled_tokens)
+        total = scheduler_output.total_num_scheduled_tokens
+        rows, odd = divmod(total, max(1, requests))
+        trees = requests if rows > 1 else 0
+        is_uniform = not odd and len(scheduler_output.scheduled_spec_decode_tokens) == trees
+        seconds = self._clock.tick((rows, requests) if rows and is_uniform else None)
+        if seconds is not None:
+            self._budget.costs.observe(rows, requests, self._context, seconds)
 
     def make_spec_decoding_stats(
         self,

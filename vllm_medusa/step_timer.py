@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from typing import Any
 
@@ -13,11 +15,11 @@ from vllm_medusa.step_costs import StepCosts
 
 logger = init_logger(f"vllm.{__name__}")
 
-# The best of so many pairs of steps: another process on the GPU only ever makes them slower.
-WARMUP, REPEATS, PAIR = 2, 3, 2
+# The median of so many steps: a host that is busy with another engine's start delays a few.
+WARMUP, STEPS = 2, 5
 CONTEXTS = (256, 8192)
-# Steps of more rows are beyond what graphs are captured for by default.
-MOST_ROWS = 1024
+# Of a batch, where no graphs are captured.
+MOST_ROWS = 512
 
 
 def measure_steps(runner: Any) -> StepCosts:
@@ -31,7 +33,9 @@ def measure_steps(runner: Any) -> StepCosts:
         With KV cache and graphs.
     """
     began = time.perf_counter()
-    most = min(MOST_ROWS, runner.max_num_tokens)
+    # Wider batches have no graph of their own and never pay where others do.
+    captured = runner.compilation_config.max_cudagraph_capture_size
+    most = min(captured or MOST_ROWS, runner.max_num_tokens)
     longest = runner.max_model_len
     seconds = {}
     # Plain decoding is a choice even where the schedule never comes to it.
@@ -55,17 +59,23 @@ def _time_step(runner: Any, rows: int, requests: int, context: int) -> float:
     The host prepares a step while the device computes the one before, so the slower of the
     two is what counts.
     """
+    is_cuda = runner.device.type == "cuda"
+    marks = []
+    for _ in range(WARMUP + STEPS):
+        _dummy_step(runner, rows, requests, context)
+        # On the device's own time: the first step has nothing to hide its launches behind.
+        marks.append(_recorded_event() if is_cuda else time.perf_counter())
+    pairs = itertools.pairwise(marks[WARMUP - 1 :])
+    if is_cuda:
+        torch.cuda.synchronize()
+        return statistics.median(1e-3 * a.elapsed_time(b) for a, b in pairs)
+    return statistics.median(b - a for a, b in pairs)
 
-    def run(count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            _dummy_step(runner, rows, requests, context)
-        if runner.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
 
-    run(WARMUP)
-    return min(run(PAIR) for _ in range(REPEATS)) / PAIR
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _dummy_step(runner: Any, rows: int, requests: int, context: int) -> None:

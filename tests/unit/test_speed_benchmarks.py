@@ -322,6 +322,8 @@ class LoopEngine:
         return {"seconds": 1.0, "seconds_with_tail": 2.0, "answers": [found] * len(requests)}
 
     def call_workers(self, method, nodes):
+        if method == "expected_steps":
+            return [[{"nodes": 3, "ms": 1.0, "accepted": 0.5}]]
         return [{"nodes_by_batch_size": [7, 3], "share": 0.5}]
 
     def next_logprobs(self, prompts):
@@ -351,7 +353,8 @@ class WidthEngine(LoopEngine):
     seconds = {None: 2.0, 0: 5.0, 3: 1.0, 7: 3.0}  # noqa: RUF012
 
     def call_workers(self, method, nodes):
-        self.width = nodes
+        if method == "force_nodes":
+            self.width = nodes
         return super().call_workers(method, nodes)
 
     def run(self, requests, sampling, level, load="finite batch"):

@@ -1,0 +1,107 @@
+"""Corrects what steps cost at start by what they take while the engine serves."""
+
+from __future__ import annotations
+
+import time
+
+from vllm_medusa.step_costs import StepCosts
+
+# Measured at start, a width's time counts as much as this many of its steps in service. Steps of
+# one kind take the same within a few per cent; one that starts late does not decide anything.
+PRIOR_STEPS = 16
+# A kind's evidence halves after about 350 of its steps: some seconds.
+DECAY = 1 - 1 / 512
+# Kept at every look at the prices, 32 steps apart.
+RELAXATION = 0.99
+# Beyond, something else than the step took the time.
+LEAST_RATIO, MOST_RATIO = 0.5, 2.0
+
+
+class StepClock:
+    """Time of a step, from the output of one to that of the next.
+
+    While a step runs the next one is prepared, so that outputs follow each other as steps do.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[object, float] = (None, 0.0)
+
+    def tick(self, kind: object, now: float | None = None) -> float | None:
+        """Seconds of the step that has just ended, if the one before was of the same kind.
+
+        After another step, or a pause that ends with a prompt, the time is not that of one step.
+
+        Parameters
+        ----------
+        kind : hashable or None
+            None: nothing to be timed.
+        now : float, optional
+            Seconds of a monotonic clock.
+        """
+        now = time.perf_counter() if now is None else now
+        (last, before), self._last = self._last, (kind, now)
+        return now - before if kind is not None and kind == last else None
+
+
+class ServedCosts:
+    """Seconds of steps: those measured at start, times what those of this width came to since.
+
+    Dummy steps of an engine that starts are not those that it serves: their host has less to do,
+    or another engine starts beside it.  One factor for each width and doubling of the batch; a
+    width that has not run takes the mean of those that have, since what slows one slows the others.
+
+    Parameters
+    ----------
+    measured : StepCosts
+        At start.
+
+    Examples
+    --------
+    >>> costs = ServedCosts(StepCosts({(1, 1, 0): 1.0, (4, 1, 0): 2.0}))
+    >>> for _ in range(2000):
+    ...     costs.observe(4, 1, 0, 3.0)
+    >>> round(costs.of(4, 1, 0), 1), round(costs.of(1, 1, 0), 1)
+    (3.0, 1.5)
+    """
+
+    def __init__(self, measured: StepCosts):
+        self.measured = measured
+        # Doubling of the batch -> rows -> [steps, sum of their ratios], the older the lighter
+        self._seen: dict[int, dict[int, list[float]]] = {}
+
+    def observe(self, rows: int, requests: int, context: float, seconds: float) -> None:
+        """Learn from one step."""
+        expected = self.measured.of(rows, requests, context)
+        if expected is None:
+            return
+        ratio = min(max(seconds / expected, LEAST_RATIO), MOST_RATIO)
+        entry = self._seen.setdefault(requests.bit_length(), {}).setdefault(rows, [0.0, 0.0])
+        entry[0] = DECAY * entry[0] + 1
+        entry[1] = DECAY * entry[1] + ratio
+
+    def of(self, rows: int, requests: int, context: float) -> float | None:
+        """Seconds of a step; None where none of this kind was measured at start."""
+        seconds = self.measured.of(rows, requests, context)
+        if seconds is None:
+            return None
+        seen = self._seen.get(requests.bit_length(), {})
+        common = _mean(seen.values(), 1.0)
+        return seconds * _mean([seen[rows]] if rows in seen else [], common)
+
+    def weight(self, rows: int, requests: int) -> float:
+        """How much of what is said of a step is known from service, 0 to 1."""
+        steps, _ = self._seen.get(requests.bit_length(), {}).get(rows, (0.0, 0.0))
+        return steps / (steps + PRIOR_STEPS)
+
+    def relax(self) -> None:
+        """Forget a little: a width that does not run may take another time by now."""
+        for widths in self._seen.values():
+            for entry in widths.values():
+                entry[0] *= RELAXATION
+                entry[1] *= RELAXATION
+
+
+def _mean(entries, prior: float) -> float:
+    """Mean ratio of [steps, sum of ratios], the prior taken in."""
+    steps = PRIOR_STEPS + sum(entry[0] for entry in entries)
+    return (PRIOR_STEPS * prior + sum(entry[1] for entry in entries)) / steps
