@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import add_options
+from cells import add_options, add_sampling_options, sampling_filters
 from contenders import add_side_option, further_sides
 from engine_process import EngineProcess, benchmarks_on_path, num_slots
 from load import CLOSED_LOOP, FINITE_BATCH, num_measured
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
         help="spread over categories; thrice the requests in flight if that is more",
     )
     parser.add_argument("--turns", type=int, default=2, choices=(1, 2))
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
+    add_sampling_options(parser)
     parser.add_argument("--tree", default=None, help="tree of the Medusa side")
     parser.add_argument("--nodes", type=int, default=None, help="node budget of the Medusa side")
     parser.add_argument("--quantization", default=None, help="of both sides, as fp8 on line")
@@ -78,6 +78,8 @@ def answer(
 ) -> dict[str, Any]:
     """All turns of all questions on one side; answers by question, then by turn."""
     sampling = {"temperature": temperature, "max_tokens": args.max_tokens}
+    # vLLM itself drops these where the temperature is 0.
+    sampling |= {name: value for name, value in sampling_filters(args).items() if value is not None}
     if getattr(args, "synthetic_acceptance", None) is not None:
         sampling["ignore_eos"] = True
     history: list[list[dict]] = [[] for _ in questions]
@@ -276,6 +278,7 @@ def document(args: argparse.Namespace, common: dict, speculative: dict) -> dict[
         "heads": Path(args.heads).name,
         "further_sides": args.side,
         "synthetic_acceptance": args.synthetic_acceptance,
+        **sampling_filters(args),
         "turns": args.turns,
         "max_tokens": args.max_tokens,
         "rounds": args.rounds,

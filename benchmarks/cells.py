@@ -45,8 +45,23 @@ def add_options(
     )
 
 
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn: greedily, unless told."""
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--top-p", type=float, default=None, help="where the temperature is not 0")
+    parser.add_argument("--top-k", type=int, default=None, help="where the temperature is not 0")
+
+
+def sampling_filters(args: argparse.Namespace) -> dict[str, float | None]:
+    """What leaves tokens out of the draw, as vLLM names it; None where it is off.
+
+    Benchmarks without :func:`add_sampling_options` have none.
+    """
+    return {name: getattr(args, name, None) for name in ("top_p", "top_k")}
+
+
 def record_head(args: argparse.Namespace, benchmark: str, load: str) -> dict[str, Any]:
-    """What the options of :func:`add_options` say about all cells of a record.
+    """What options say about all cells of a record.
 
     ``load`` (load.py) is among it: a record of the other load is refused, not extended.
     """
@@ -54,6 +69,7 @@ def record_head(args: argparse.Namespace, benchmark: str, load: str) -> dict[str
     return {
         "benchmark": benchmark, "load": load, "model": name, "heads": Path(args.heads).name,
         "label": args.label or name, "max_tokens": args.max_tokens, "rounds": args.rounds,
+        **sampling_filters(args),
     }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from bench_serving import (
     with_tail,
 )
 from cases import Case, case_of
-from cells import Cells, add_options, record_head
+from cells import Cells, add_options, add_sampling_options, record_head
 from contenders import SIDES, STOCK, add_side_option, contenders
 from engine_process import EngineError, EngineProcess, num_slots, one_line
 from load import CLOSED_LOOP, FINITE_BATCH, num_measured
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, max_tokens=128, rounds=2, concurrency=[1, 8, 32])
     parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
+    add_sampling_options(parser)
     add_side_option(parser)
     parser.add_argument(
         "--again",

@@ -42,6 +42,7 @@ from report_tables import (
     RESULTS,
     ROOT,
     device,
+    filters_of,
     load_of,
     measured_table,
     median_of,
@@ -113,8 +114,8 @@ def serving_section(path: Path) -> str:
         f"**{'SYNTHETIC acceptance, ' if synthetic is not None else ''}"
         f"{record.get('label', record['model'])} on {device(record)}**, {count} MT-Bench "
         f"questions, {record['turns']} turn(s), {load_of(record)}, at most {record['max_tokens']} "
-        f"tokens{at}, medians of {record['rounds']} interleaved rounds (extremes in brackets); "
-        f"commit {commit[:10]}, `{path.relative_to(ROOT)}`:\n\n"
+        f"tokens{at}{filters_of(record)}, medians of {record['rounds']} interleaved rounds "
+        f"(extremes in brackets); commit {commit[:10]}, `{path.relative_to(ROOT)}`:\n\n"
         f"{table(header, rows)}\n\n{''.join(notes)}{told}\n\n`{shown_command(record)}`"
     )
 

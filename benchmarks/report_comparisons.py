@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import Case, case_of
-from report_tables import ROOT, device, load_of, measured_table
+from report_tables import ROOT, device, filters_of, load_of, measured_table
 from roofline_figure import figure_of
 
 
@@ -64,12 +64,12 @@ def compare_section(path: Path) -> str:
         "speed-up / tokens per step", "ms a step (plain)", "answers identical to plain",
         "first to part at token",
     ]  # fmt: skip
-    at = "" if len(heats) > 1 else f"temperature {', '.join(f'{heat:g}' for heat in heats)}, "
+    at = "" if len(heats) > 1 else f", temperature {', '.join(f'{heat:g}' for heat in heats)}"
     left_out = "; ".join(f"{cell['key']['side']}: {cell['failed']}" for cell in failed)
     text = (
         f"**Head to head, {record['label']} on {device(record)}**, first turns of MT-Bench, "
-        f"{load_of(record)}, at most {record['max_tokens']} tokens, {at}"
-        f"{record['rounds']} rounds, {record['order']}; {commits(record)};"
+        f"{load_of(record)}, at most {record['max_tokens']} tokens{at}"
+        f"{filters_of(record)}, {record['rounds']} rounds, {record['order']}; {commits(record)};"
     )
     notes = f"\n\nNot measured: {left_out}." if left_out else ""
     return measured_table(text, path, record, header, rows) + notes

@@ -40,6 +40,19 @@ def load_of(record: dict[str, Any]) -> str:
     return record.get("load", FINITE_BATCH)
 
 
+def filters_of(record: dict[str, Any]) -> str:
+    """What left tokens out of the draw, to follow the temperature; records may name none.
+
+    Examples
+    --------
+    >>> filters_of({"top_p": 0.9, "top_k": 20}), filters_of({"top_p": None})
+    (', top-p 0.9, top-k 20', '')
+    """
+    names = {"top_p": "top-p", "top_k": "top-k"}
+    given = {shown: record.get(name) for name, shown in names.items()}
+    return "".join(f", {shown} {value:g}" for shown, value in given.items() if value is not None)
+
+
 def median_of(values: dict[str, float]) -> str:
     """Median and, in brackets, extremes."""
     return f"{values['median']:.1f} ({values['min']:.1f}-{values['max']:.1f})"

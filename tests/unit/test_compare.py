@@ -76,6 +76,40 @@ def test_a_record_of_the_other_load_is_refused(tmp_path, old):
         Cells(path, head)
 
 
+@pytest.mark.parametrize(
+    ("old", "words", "message"),
+    [
+        ({}, (), None),
+        ({"top_p": 0.9, "top_k": 20}, ("--top-p", "0.9", "--top-k", "20"), None),
+        ({}, ("--top-p", "0.9"), "top_p is None there and 0.9 now"),
+        ({"top_p": 0.9}, (), "top_p is 0.9 there and None now"),
+        ({"top_p": 0.9}, ("--top-p", "0.9", "--top-k", "20"), "top_k is None there and 20 now"),
+    ],
+    ids=["neither named", "equal", "now only", "then only", "one more"],
+)
+@pytest.mark.parametrize("benchmark", ["compare", "serving"])
+def test_a_record_of_other_filters_is_refused(
+    tmp_path, monkeypatch, benchmark, old, words, message
+):
+    import bench_serving
+    from cells import record_head
+    from records import earlier_record
+
+    if benchmark == "compare":
+        head = record_head(arguments(*words), "compare", "closed loop")
+    else:
+        monkeypatch.setattr(sys, "argv", [*COMMAND, *words])
+        head = bench_serving.document(bench_serving.parse_args(), {}, {})
+    path = tmp_path / "r.json"
+    # Records from before there were filters name none.
+    path.write_text(json.dumps({k: v for k, v in head.items() if not k.startswith("top_")} | old))
+    if message is None:
+        assert earlier_record(path, head) == json.loads(path.read_text())
+        return
+    with pytest.raises(ValueError, match=message):
+        earlier_record(path, head)
+
+
 class Side:
     """An engine that starts, or not."""
 
@@ -204,10 +238,10 @@ class Engine:
     """Answers at once; remembers how it was asked."""
 
     def __init__(self, seconds: float, tail: float):
-        self.seconds, self.tail, self.asked = seconds, tail, []
+        self.seconds, self.tail, self.asked, self.sampling = seconds, tail, [], None
 
     def run(self, requests, sampling, level, *, load):
-        heat = sampling["temperature"]
+        heat, self.sampling = sampling["temperature"], sampling
         self.asked.append((len(requests), sampling["max_tokens"], level, load, heat))
         answer = {
             "token_ids": [1] * 10, "prompt_token_ids": [2], "text": "t", "seconds": self.seconds,
@@ -237,3 +271,17 @@ def test_speed_up_is_the_closed_loops(level, count, heat):
     assert found["tokens_per_s"]["median"] == 2 * count
     assert found["with_tail"]["speedup"]["side"]["median"] == 10 / 8
     assert found["with_tail"]["tokens_per_s"]["plain"]["median"] == count
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [([], {}), (["--top-p", "0.9", "--top-k", "20"], {"top_p": 0.9, "top_k": 20})],
+    ids=["off", "on"],
+)
+def test_every_request_is_asked_with_the_filters(words, asked):
+    from bench_serving import answer
+
+    engine, args = Engine(1.0, 1.0), arguments(*words)
+    args.turns = 1
+    answer(engine, [SimpleNamespace(turns=["q"])], args, 1, 0.6)
+    assert engine.sampling == {"temperature": 0.6, "max_tokens": 128} | asked

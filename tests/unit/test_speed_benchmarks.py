@@ -204,6 +204,13 @@ def test_tables_name_the_load(tmp_path, monkeypatch, named, shown):
     assert f"first turns of MT-Bench, {shown}, at most 8 tokens" in text
 
 
+def test_tables_name_what_left_tokens_out(tmp_path, monkeypatch):
+    filters = {"top_p": 0.9, "top_k": None}
+    record = filters | {"order": "o", "cells": [compared("tree", 1, 2.0, [])]}
+    text = section("compare_section", record, tmp_path, monkeypatch)
+    assert "at most 8 tokens, temperature 0, top-p 0.9, 1 rounds" in text
+
+
 def test_table_of_widths(tmp_path, monkeypatch):
     widths = {"adaptive": 19.0, "0": 10.0, "7": 20.0}
     cell = {
