@@ -2,14 +2,15 @@
 
 Top-k, top-p and min-p, logit bias and allowed tokens change how a row's token is drawn, not what
 follows from it.  vLLM's own kernels draw it (10 to 20 launches, which depend on the batch), a graph
-does the rest: walk, request state, KV move and next drafts.  Rows lie one after another as in
-vLLM's batch, so that there is one graph per number of requests, whatever the sizes of their trees.
+does the rest: walk, request state, KV move and next drafts.  Log probabilities are read behind it.
+Rows lie one after another as in vLLM's batch, so that there is one graph per number of requests,
+whatever the sizes of their trees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from vllm.config.compilation import CUDAGraphMode
@@ -18,9 +19,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_medusa.vllm_seams import replace_full_graphs
-
-if TYPE_CHECKING:
-    from vllm_medusa.verification_step import VerificationStep
 
 # Between graphs' sizes from 8 and from 64 requests on; the heads run for the padding, too.
 SMALL_STEP, LARGE_STEP = 8, 16
@@ -44,21 +42,25 @@ class DrawnStep:
 
     Parameters
     ----------
-    step : VerificationStep
+    step : vllm_medusa.verification_step.VerificationStep
         Whose buffers it shares: only one of the two runs in a step.
 
     Attributes
     ----------
     drawn : torch.Tensor, [max_num_tokens] int64
         The target's token at every row.
+    flat_rows : torch.Tensor, [max_num_tokens] int64
+        As the walk's, for log probabilities.
     cu_rows : torch.Tensor, [max_num_reqs + 1] int32
         First row of each request; those of padding are empty.
     """
 
-    def __init__(self, step: VerificationStep):
+    def __init__(self, step: Any):
         runner = step.runner
         self.step, self.runner = step, runner
-        self.drawn = torch.zeros(runner.max_num_tokens, dtype=torch.int64, device=runner.device)
+        self.drawn, self.flat_rows = torch.zeros(
+            2, runner.max_num_tokens, dtype=torch.int64, device=runner.device
+        )
         self.cu_rows = torch.zeros(runner.max_num_reqs + 1, dtype=torch.int32, device=runner.device)
 
     def make_graphs(self) -> CudaGraphManager:
@@ -86,7 +88,8 @@ class DrawnStep:
         """The step for the first ``num_reqs`` of the slots; reads device memory only."""
         hidden_states = self._static_rows()
         drawn = self.drawn[: hidden_states.shape[0]]
-        self.step.follow(drawn, hidden_states, self.cu_rows[: num_reqs + 1], num_reqs)
+        cu_rows = self.cu_rows[: num_reqs + 1]
+        self.step.follow(drawn, hidden_states, cu_rows, num_reqs, self.flat_rows)
 
     def try_run(
         self, hidden_states: torch.Tensor, input_batch: InputBatch, in_place: bool
@@ -107,22 +110,22 @@ class DrawnStep:
             return None
         padded_reqs, replay = found
         self.step.set_slots(input_batch, padded_reqs)
-        self.cu_rows[: num_reqs + 1].copy_(input_batch.cu_num_logits)
+        self.cu_rows[: num_reqs + 1].copy_(input_batch.cu_num_logits[: num_reqs + 1])
         if num_reqs < padded_reqs:
             self.cu_rows[num_reqs + 1 : padded_reqs + 1].fill_(num_rows)
         if not in_place:
             hidden_states = self._gather(hidden_states, input_batch)
-        buffers = self.runner.input_buffers
-        rows = self.runner.rejection_sampler.row_sampler.draw(
-            self.runner.model.compute_logits(hidden_states[:num_rows]),
-            input_batch,
-            buffers.positions[:num_rows],
-            buffers.input_ids[:num_rows],
-            keep_processed=False,
-        )
-        self.drawn[:num_rows].copy_(rows.drawn)
+        verifier, buffers = self.runner.rejection_sampler, self.runner.input_buffers
+        logits = self.runner.model.compute_logits(hidden_states[:num_rows])
+        positions, tokens = buffers.positions[:num_rows], buffers.input_ids[:num_rows]
+        rows = verifier.draw(logits, input_batch, positions, tokens)
+        drawn, flat_rows = self.drawn[:num_rows], self.flat_rows[:num_rows]
+        drawn.copy_(rows.drawn)
         replay()
-        return self.step.take_output(num_reqs, padded_reqs)
+        logprobs = verifier.path_logprobs(
+            logits if rows.processed is None else rows.processed, drawn, flat_rows, input_batch
+        )
+        return self.step.take_output(num_reqs, padded_reqs, logprobs=logprobs)
 
     def _static_rows(self) -> torch.Tensor:
         """Where graphs read rows of the forward pass's output, [num_rows, hidden_size]."""

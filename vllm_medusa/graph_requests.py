@@ -10,10 +10,13 @@ from vllm_medusa.request_options import reads_history
 from vllm_medusa.row_sampling import NUM_STOCK_PROCESSORS, RowSampler
 
 
-def returns_logprobs(params: SamplingParams) -> bool:
-    """Whether a request wants log probabilities of any kind."""
-    names = ("logprobs", "prompt_logprobs", "logprob_token_ids", "prompt_logprob_token_ids")
-    return any(getattr(params, name, None) is not None for name in names)
+def _names_any(params: SamplingParams, *options: str) -> bool:
+    return any(getattr(params, option, None) is not None for option in options)
+
+
+def _returns_prompt_logprobs(params: SamplingParams) -> bool:
+    # vLLM reads them from the prompt's hidden states and counters after the draw.
+    return _names_any(params, "prompt_logprobs", "prompt_logprob_token_ids")
 
 
 def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> bool:
@@ -27,7 +30,7 @@ def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> 
         Request slot.
     params : vllm.SamplingParams
     """
-    if returns_logprobs(params):
+    if _returns_prompt_logprobs(params) or _names_any(params, "logprobs", "logprob_token_ids"):
         return False
     if not sampler.needs_logits_processing[index]:
         return True
@@ -45,7 +48,9 @@ def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> 
 
 
 def needs_only_draw(row_sampler: RowSampler, index: int, params: SamplingParams) -> bool:
-    """Whether nothing but tokens drawn row by row tells a request's step from a greedy one's.
+    """Whether only the draw of a row's token tells a request's step from a greedy one's.
+
+    That, and the log probabilities of the rows that became output.
 
     Parameters
     ----------
@@ -55,4 +60,4 @@ def needs_only_draw(row_sampler: RowSampler, index: int, params: SamplingParams)
         Request slot.
     params : vllm.SamplingParams
     """
-    return not returns_logprobs(params) and not row_sampler.reads_history[index]
+    return not _returns_prompt_logprobs(params) and not row_sampler.reads_history[index]

@@ -4,9 +4,9 @@ At batch 1 the GPU needs about 0.3 ms for it, but some 60 launches from Python t
 on an H100's host; replaying them costs the host about 20 us.  The graph verifies trees of equal
 size.  Where a step is something else (a prefill, trees cut differently) its rows are laid out as
 such trees first.  Where tokens take more than a temperature to draw, a graph covers the rest
-(:mod:`vllm_medusa.drawn_step`).  Steps that need more than a draw (logprobs, processors that look
-back, grammars) run launch by launch through vLLM's own ``sample`` / ``postprocess_sampled`` /
-``propose``, with equal results.
+(:mod:`vllm_medusa.drawn_step`).  Steps that need more than a draw (processors that look back,
+grammars, log probabilities of prompts) run launch by launch through vLLM's own ``sample`` /
+``postprocess_sampled`` / ``propose``, with equal results.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
@@ -142,9 +143,13 @@ class VerificationStep:
             self.slots[num_reqs:padded_reqs].fill_(-1)
 
     def take_output(
-        self, num_reqs: int, padded_reqs: int, missing: torch.Tensor | None = None
+        self,
+        num_reqs: int,
+        padded_reqs: int,
+        missing: torch.Tensor | None = None,  # [num_reqs] int32, rows that are no rejected ones
+        logprobs: LogprobsTensors | None = None,
     ) -> SamplerOutput:
-        """What a replayed graph has left; ``missing`` [num_reqs] rows are no rejected ones."""
+        """What a replayed graph has left."""
         self.tree_batch.drafts = self.drafts[:num_reqs]
         # The next replay overwrites the output while vLLM may still copy it to the host.
         used = self.output[: padded_reqs * (self.width + 1)].clone()
@@ -152,7 +157,7 @@ class VerificationStep:
         num_rejected = counts[1, :num_reqs]
         return SamplerOutput(
             sampled_token_ids=tokens[:num_reqs],
-            logprobs_tensors=None,
+            logprobs_tensors=logprobs,
             num_nans=None,
             num_sampled=counts[0, :num_reqs],
             num_rejected=num_rejected if missing is None else (num_rejected - missing).clamp_(0),
@@ -281,10 +286,11 @@ class VerificationStep:
         hidden_states: torch.Tensor,  # [num_rows, hidden_size]
         cu_rows: torch.Tensor,  # [num_reqs + 1] int32, first row of each request
         num_reqs: int,
+        flat_rows: torch.Tensor | None = None,  # out [num_rows] int64, as the walk's
     ) -> None:
         """What follows from the tokens drawn: the walk and everything after it."""
         runner, slots = self.runner, self.slots[:num_reqs]
-        walk = self._outputs(num_reqs, hidden_states)
+        walk = self._outputs(num_reqs, hidden_states, flat_rows)
         tree_walk(
             walk,
             drawn,
@@ -329,7 +335,9 @@ class VerificationStep:
         """Token that the walk takes each row for, [R * rows] int32."""
         return self.runner.input_buffers.input_ids[: drawn.shape[0]]
 
-    def _outputs(self, num_reqs: int, hidden_states: torch.Tensor) -> WalkOutput:
+    def _outputs(
+        self, num_reqs: int, hidden_states: torch.Tensor, flat_rows: torch.Tensor | None
+    ) -> WalkOutput:
         """Where the walk writes: tokens and counts into the step's output, the rest anew."""
         tokens, counts = self._views(self.output, num_reqs)
         made = WalkOutput.empty(num_reqs, 0, self.width, hidden_states.device)
@@ -337,7 +345,7 @@ class VerificationStep:
             tokens=tokens,
             num_sampled=counts[0],
             num_rejected=counts[1],
-            flat_rows=None,
+            flat_rows=flat_rows,
             hidden=hidden_states.new_empty(num_reqs, hidden_states.shape[1]),
         )
 

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 
+def differing_logprobs(expected, found) -> list[str]:
+    """Names of what two steps' log probabilities differ in."""
+    if expected is None or found is None:
+        return [] if expected is found else ["logprobs"]
+    pairs = {name: (value, getattr(found, name)) for name, value in expected._asdict().items()}
+    return [
+        name
+        for name, (left, right) in pairs.items()
+        if not (left.equal(right) if hasattr(left, "equal") else left == right)
+    ]
+
+
 def compare_drawn_steps() -> list[dict]:
     """Draw and walk every batch of the graphs behind the draw launch by launch, too.
 
@@ -20,6 +32,7 @@ def compare_drawn_steps() -> list[dict]:
         if found is not None:
             names = ("sampled_token_ids", "num_sampled", "num_rejected")
             differ = [n for n in names if not getattr(expected, n).equal(getattr(found, n))]
+            differ += differing_logprobs(expected.logprobs_tensors, found.logprobs_tensors)
             drafts = input_batch.num_draft_tokens_per_req
             with_drafts = 0 if drafts is None else int((drafts > 0).sum())
             note = {"requests": input_batch.num_reqs, "with drafts": with_drafts}

@@ -15,6 +15,8 @@ ENGINE = {
     # Prompts in chunks beside trees; requests wait for others to end.
     "max_num_seqs": 8, "max_num_batched_tokens": 128, "enable_chunked_prefill": True,
 }  # fmt: skip
+# Of float32 log probabilities of rows that other rows stood beside.
+ROUNDING = 1e-4
 KINDS = [
     {},
     {"temperature": 0.7},
@@ -26,6 +28,7 @@ KINDS = [
     {"temperature": 0.9, "top_p": 0.95, "logit_bias": {"7": 3.0, "11": -100.0}},
     {"allowed_token_ids": list(range(3, 40))},
     {"min_tokens": 20, "stop_token_ids": [5, 6, 7], "ignore_eos": False},
+    {"temperature": 0.7, "top_p": 0.9, "logprobs": 3},
 ]
 
 
@@ -45,6 +48,12 @@ def token_ids(result: dict) -> list:
     return [request["token_ids"] for request in result["batches"][0]]
 
 
+def logprobs(result: dict) -> list:
+    """Token, log probability and rank of every candidate that was returned."""
+    requests = [request["logprobs"] for request in result["batches"][0]]
+    return [row for rows in requests if rows is not None for position in rows for row in position]
+
+
 def speculation(tiny: dict, tree: str) -> dict:
     config = {"method": "medusa", "model": tiny["heads"], "tree": tree}
     return {"speculative_config": config | {"num_speculative_tokens": 20}}
@@ -57,6 +66,9 @@ def test_mixed_batches_equal_plain_vllm_and_the_launches(tiny, run_job, tree):
     options = {"whole_steps": True, "compare_drawn_steps": True}
     result = run_job(engine | speculation(tiny, tree), [requests], **options)
     assert token_ids(result) == token_ids(plain)
+    expected, found = logprobs(plain), logprobs(result)
+    assert [row[::2] for row in found] == [row[::2] for row in expected] != []
+    assert [row[1] for row in found] == pytest.approx([row[1] for row in expected], abs=ROUNDING)
     assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
     steps = result["drawn_steps"]
     assert [step for step in steps if step["differ"]] == []
@@ -70,10 +82,10 @@ def test_mixed_batches_equal_plain_vllm_and_the_launches(tiny, run_job, tree):
     "kind",
     [
         {"repetition_penalty": 1.3},
-        {"logprobs": 1},
+        {"prompt_logprobs": 1},
         {"extra_args": {"medusa_acceptance": "typical"}},
     ],
-    ids=["looks back", "log probabilities", "another walk"],
+    ids=["looks back", "prompt's log probabilities", "another walk"],
 )
 def test_what_needs_more_than_a_draw_keeps_its_batches_out(tiny, run_job, kind):
     # It comes first and ends last: no step is without it.
