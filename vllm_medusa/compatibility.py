@@ -84,6 +84,11 @@ SUPPORTED: tuple[Supported, ...] = (
         f"{_IDENTITY}::test_step_of_the_verification_graphs_equals_stock",
     ),
     Supported(
+        "CUDA graphs behind top-k, top-p, min-p, logit bias and logprobs",
+        WORKS,
+        "tests/integration/test_drawn_steps.py::test_mixed_batches_equal_plain_vllm_and_the_launches",
+    ),
+    Supported(
         "a request that reaches max_model_len inside a tree",
         WORKS,
         f"{_IDENTITY}::test_output_up_to_the_model_length",

@@ -44,9 +44,9 @@ class MedusaProposer(DraftModelSpeculator):
     ----------
     verification_step : VerificationStep or None
         Set by the runner; recorded when vLLM captures this speculator's graphs.
-    step_graphs : CudaGraphManager or None
-        Its graphs.  Here because vLLM looks for a speculator's graph managers when it
-        throws away the captures that only measured memory.
+    step_graphs, drawn_graphs : CudaGraphManager or None
+        Its graphs, and those of its ``drawn_step``.  Here because vLLM looks for a speculator's
+        graph managers when it throws away the captures that only measured memory.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class MedusaProposer(DraftModelSpeculator):
         self.sharded: ShardedDraft | None = None
         self.verification_step: VerificationStep | None = None
         self.step_graphs: CudaGraphManager | None = None
+        self.drawn_graphs: CudaGraphManager | None = None
         tree = tree_batch.tree
         self.num_heads = self.speculative_config.num_medusa_heads
         self.num_top = tree.max_rank + 1
@@ -169,11 +170,12 @@ class MedusaProposer(DraftModelSpeculator):
         """Prepare graphs of the step that ends in the drafts."""
         step = self.verification_step
         self.step_graphs = None if step is None else step.make_graphs(cudagraph_mode)
+        self.drawn_graphs = None if self.step_graphs is None else step.drawn_step.make_graphs()
 
     def capture(self) -> None:
         """Record them."""
         if self.step_graphs is not None:
-            self.verification_step.capture(self.step_graphs)
+            self.verification_step.capture(self.step_graphs, self.drawn_graphs)
 
     def propose(
         self,

@@ -22,7 +22,7 @@ from vllm_medusa.rank_agreement import RankCheck, check_is_on
 from vllm_medusa.request_options import RequestOptions, keeps_start_up_tree
 from vllm_medusa.rope_positions import follow_depths
 from vllm_medusa.tree_batch import TreeBatch
-from vllm_medusa.verification_step import VerificationStep, needs_only_temperature
+from vllm_medusa.verification_step import VerificationStep
 from vllm_medusa.verifier import TreeVerifier
 
 
@@ -131,10 +131,7 @@ class TreeRunnerMixin:
             self.rejection_sampler.add_request(index, params, options)
             if self.speculative_config.dynamic_tree:
                 self.tree_batch.keep_tree(index, self._keeps_tree(index, params))
-            self.verification_step.simple[index] = (
-                needs_only_temperature(self.sampler, index, params)
-                and not self.rejection_sampler.typical.active[index]
-            )
+            self.verification_step.add_request(index, params)
 
     def _keeps_tree(self, index: int, params: Any) -> bool:
         """Whether the host lays out a request's rows, by the only tree that it knows."""

@@ -3,9 +3,10 @@
 At batch 1 the GPU needs about 0.3 ms for it, but some 60 launches from Python took 2.5 ms
 on an H100's host; replaying them costs the host about 20 us.  The graph verifies trees of equal
 size.  Where a step is something else (a prefill, trees cut differently) its rows are laid out as
-such trees first.  Steps that need more than a draw (logprobs, logits processors, grammars) run
-launch by launch through vLLM's own ``sample`` / ``postprocess_sampled`` / ``propose``, with equal
-results.
+such trees first.  Where tokens take more than a temperature to draw, a graph covers the rest
+(:mod:`vllm_medusa.drawn_step`).  Steps that need more than a draw (processors that look back,
+grammars, log probabilities of prompts) run launch by launch through vLLM's own ``sample`` /
+``postprocess_sampled`` / ``propose``, with equal results.
 """
 
 from __future__ import annotations
@@ -17,44 +18,15 @@ import numpy as np
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_medusa.drawn_step import DrawnStep
+from vllm_medusa.graph_requests import needs_only_draw, needs_only_temperature
 from vllm_medusa.kernels import RequestState, WalkOutput, tree_walk
-from vllm_medusa.request_options import reads_history
-from vllm_medusa.row_sampling import NUM_STOCK_PROCESSORS
-
-
-def needs_only_temperature(sampler: Any, index: int, params: SamplingParams) -> bool:
-    """Whether the sampling kernel alone turns a request's logits into its token.
-
-    Parameters
-    ----------
-    sampler : vllm.v1.worker.gpu.sample.sampler.Sampler
-        Knows the request already.
-    index : int
-        Request slot.
-    params : vllm.SamplingParams
-    """
-    if params.logprobs is not None or params.prompt_logprobs is not None:
-        return False
-    if getattr(params, "logprob_token_ids", None) is not None:
-        return False
-    if not sampler.needs_logits_processing[index]:
-        return True
-    states = sampler.sampling_states
-    return (
-        len(sampler.logits_processors) == NUM_STOCK_PROCESSORS
-        and states.top_k.np[index] == states.vocab_size
-        and states.top_p.np[index] == 1.0
-        and states.min_p.np[index] == 0.0
-        and not params.logit_bias
-        and not params.allowed_token_ids
-        and params.min_tokens == 0
-        and not reads_history(params)
-    )
 
 
 class VerificationStep:
@@ -68,7 +40,11 @@ class VerificationStep:
     Attributes
     ----------
     simple : numpy.ndarray, [max_num_reqs] bool
-        Requests that :func:`needs_only_temperature`.
+        Requests that :func:`~vllm_medusa.graph_requests.needs_only_temperature`.
+    drawable : numpy.ndarray, [max_num_reqs] bool
+        Requests that :func:`~vllm_medusa.graph_requests.needs_only_draw`.
+    drawn_step : DrawnStep
+        Takes batches in which not all requests are simple, but all are drawable.
     hidden_states : torch.Tensor or None, [num_tokens, hidden_size]
         Where the graphs read the forward pass's output; None without graphs.
     next_nodes : int
@@ -81,6 +57,7 @@ class VerificationStep:
         self.width = self.tree_batch.num_rows
         max_num_reqs, device = runner.max_num_reqs, runner.device
         self.simple = np.zeros(max_num_reqs, dtype=bool)
+        self.drawable = np.zeros(max_num_reqs, dtype=bool)
         self.hidden_states: torch.Tensor | None = None
         self.next_nodes = self.tree_batch.tree.num_nodes
         # Batch row -> request slot; negative rows are the padding of a graph's size.
@@ -98,6 +75,14 @@ class VerificationStep:
         self.seeds = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self.prefill_len = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.drafts = torch.zeros(max_num_reqs, self.width - 1, dtype=torch.int64, device=device)
+        self.drawn_step = DrawnStep(self)
+
+    def add_request(self, index: int, params: SamplingParams) -> None:
+        """Note which graphs serve the request in slot ``index``, known to sampler and verifier."""
+        verifier = self.runner.rejection_sampler
+        is_exact = not verifier.typical.active[index]
+        self.simple[index] = is_exact and needs_only_temperature(self.runner.sampler, index, params)
+        self.drawable[index] = is_exact and needs_only_draw(verifier.row_sampler, index, params)
 
     def make_graphs(self, mode: CUDAGraphMode) -> CudaGraphManager | None:
         """Graphs for the batch sizes at which vLLM captures verification.
@@ -128,23 +113,43 @@ class VerificationStep:
             None: nothing was done.  Otherwise ``tree_batch.drafts`` holds the next
             drafts, and requests and KV cache are already advanced.
         """
-        if self.hidden_states is None or not self.simple[input_batch.idx_mapping_np].all():
+        slots_np, num_reqs = input_batch.idx_mapping_np, input_batch.num_reqs
+        if self.hidden_states is None or not self.drawable[slots_np].all():
             return None
-        num_reqs, rows = input_batch.num_reqs, self._equal_rows(input_batch)
+        rows = self._equal_rows(input_batch)
         # Only a replayed forward pass leaves its output where the graph reads it.
         is_laid_out = rows is not None and self._is_static(hidden_states)
-        if is_laid_out:
-            found = self._graph(num_reqs, rows)
-        else:
-            found = self._smallest_graph(input_batch)
-        if found is None:
+        # Before plain steps nothing is drafted, and vLLM's own sampler is all that is left.
+        if not is_laid_out and self.next_nodes == 0:
             return None
+        found = None
+        if self.simple[slots_np].all():
+            found = (
+                self._graph(num_reqs, rows) if is_laid_out else self._smallest_graph(input_batch)
+            )
+        if found is None:
+            return self.drawn_step.try_run(hidden_states, input_batch, is_laid_out)
         padded_reqs, rows, replay = found
+        self.set_slots(input_batch, padded_reqs)
+        missing = None if is_laid_out else self._lay_out(hidden_states, input_batch, rows)
+        replay()
+        return self.take_output(num_reqs, padded_reqs, missing)
+
+    def set_slots(self, input_batch: InputBatch, padded_reqs: int) -> None:
+        """Tell a graph of ``padded_reqs`` requests which they are."""
+        num_reqs = input_batch.num_reqs
         self.slots[:num_reqs].copy_(input_batch.idx_mapping)
         if num_reqs < padded_reqs:
             self.slots[num_reqs:padded_reqs].fill_(-1)
-        missing = None if is_laid_out else self._lay_out(hidden_states, input_batch, rows)
-        replay()
+
+    def take_output(
+        self,
+        num_reqs: int,
+        padded_reqs: int,
+        missing: torch.Tensor | None = None,  # [num_reqs] int32, rows that are no rejected ones
+        logprobs: LogprobsTensors | None = None,
+    ) -> SamplerOutput:
+        """What a replayed graph has left."""
         self.tree_batch.drafts = self.drafts[:num_reqs]
         # The next replay overwrites the output while vLLM may still copy it to the host.
         used = self.output[: padded_reqs * (self.width + 1)].clone()
@@ -152,7 +157,7 @@ class VerificationStep:
         num_rejected = counts[1, :num_reqs]
         return SamplerOutput(
             sampled_token_ids=tokens[:num_reqs],
-            logprobs_tensors=None,
+            logprobs_tensors=logprobs,
             num_nans=None,
             num_sampled=counts[0, :num_reqs],
             num_rejected=num_rejected if missing is None else (num_rejected - missing).clamp_(0),
@@ -189,9 +194,6 @@ class VerificationStep:
         self, input_batch: InputBatch
     ) -> tuple[int, int, Callable[[], None]] | None:
         """The graph with fewest rows that every request's rows fit into."""
-        # Before plain steps nothing is drafted, and vLLM's own sampler is all that is left.
-        if self.next_nodes == 0:
-            return None
         most = int(np.diff(input_batch.cu_num_logits_np).max())
         fitting = (rows for rows in sorted(self.cu_rows) if rows >= most)
         graphs = (self._graph(input_batch.num_reqs, rows) for rows in fitting)
@@ -241,8 +243,11 @@ class VerificationStep:
         found[2]()
         return True
 
-    def capture(self, manager: CudaGraphManager) -> None:
-        """Record the step for every size of ``manager``; all rows are padding meanwhile."""
+    def capture(self, manager: CudaGraphManager, drawn_manager: CudaGraphManager) -> None:
+        """Record the step, whole and behind the draw, for every size of the managers.
+
+        All rows are padding meanwhile.
+        """
         runner, sampler = self.runner, self.runner.sampler
         if sampler.compute_nans or sampler.trace_replay_state is not None or runner.batch_sharder:
             return
@@ -256,6 +261,7 @@ class VerificationStep:
             return lambda mode: self.compute(self.hidden_states, desc.num_reqs, rows)
 
         manager.capture(create, progress_bar_desc="Capturing Medusa verification graphs")
+        self.drawn_step.capture(drawn_manager)
 
     def compute(self, hidden_states: torch.Tensor, num_reqs: int, rows: int) -> None:
         """The step itself for the first ``num_reqs`` of ``slots``; reads device memory only.
@@ -269,11 +275,22 @@ class VerificationStep:
         rows : int
             Rows (root + nodes) of each.
         """
-        runner = self.runner
         hidden_states = hidden_states[: num_reqs * rows]
-        slots, cu_rows = self.slots[:num_reqs], self.cu_rows[rows][: num_reqs + 1]
-        drawn = self._draw(runner.model.compute_logits(hidden_states), slots)
-        walk = self._outputs(num_reqs, hidden_states)
+        logits = self.runner.model.compute_logits(hidden_states)
+        drawn = self._draw(logits, self.slots[:num_reqs])
+        self.follow(drawn, hidden_states, self.cu_rows[rows][: num_reqs + 1], num_reqs)
+
+    def follow(
+        self,
+        drawn: torch.Tensor,  # [num_rows] int64, the target's token at every row
+        hidden_states: torch.Tensor,  # [num_rows, hidden_size]
+        cu_rows: torch.Tensor,  # [num_reqs + 1] int32, first row of each request
+        num_reqs: int,
+        flat_rows: torch.Tensor | None = None,  # out [num_rows] int64, as the walk's
+    ) -> None:
+        """What follows from the tokens drawn: the walk and everything after it."""
+        runner, slots = self.runner, self.slots[:num_reqs]
+        walk = self._outputs(num_reqs, hidden_states, flat_rows)
         tree_walk(
             walk,
             drawn,
@@ -318,7 +335,9 @@ class VerificationStep:
         """Token that the walk takes each row for, [R * rows] int32."""
         return self.runner.input_buffers.input_ids[: drawn.shape[0]]
 
-    def _outputs(self, num_reqs: int, hidden_states: torch.Tensor) -> WalkOutput:
+    def _outputs(
+        self, num_reqs: int, hidden_states: torch.Tensor, flat_rows: torch.Tensor | None
+    ) -> WalkOutput:
         """Where the walk writes: tokens and counts into the step's output, the rest anew."""
         tokens, counts = self._views(self.output, num_reqs)
         made = WalkOutput.empty(num_reqs, 0, self.width, hidden_states.device)
@@ -326,7 +345,7 @@ class VerificationStep:
             tokens=tokens,
             num_sampled=counts[0],
             num_rejected=counts[1],
-            flat_rows=None,
+            flat_rows=flat_rows,
             hidden=hidden_states.new_empty(num_reqs, hidden_states.shape[1]),
         )
 

@@ -66,18 +66,10 @@ class TreeVerifier(RejectionSampler):
         if invalid_drafts is not None:
             tokens = tokens.masked_fill(invalid_drafts, -1)
 
-        wanted = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
-        keep_processed = (
-            wanted is not None and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
-        )
-        rows = self.row_sampler.draw(logits, input_batch, positions, tokens, keep_processed)
+        rows = self.draw(logits, input_batch, positions, tokens)
         drawn, out = self._walk(rows, tokens, positions, input_batch)
-        logprobs = self._path_logprobs(
-            rows.processed if keep_processed else logits,
-            drawn,
-            out.flat_rows,
-            wanted,
-            input_batch,
+        logprobs = self.path_logprobs(
+            logits if rows.processed is None else rows.processed, drawn, out.flat_rows, input_batch
         )
         return SamplerOutput(
             sampled_token_ids=out.tokens,
@@ -87,6 +79,20 @@ class TreeVerifier(RejectionSampler):
             num_rejected=out.num_rejected,
             sampling_mask_tensors=None,
         )
+
+    def draw(
+        self,
+        logits: torch.Tensor,  # [num_logits, vocab_size]
+        input_batch: InputBatch,
+        positions: torch.Tensor,  # [num_logits] int64
+        tokens: torch.Tensor,  # [num_logits] int32, negative: no node
+    ) -> RowDraws:
+        """The target's token at every row; processed logits if log probabilities are theirs."""
+        keep_processed = (
+            self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+            and self.sampler.get_logprobs_dims(input_batch.idx_mapping_np) is not None
+        )
+        return self.row_sampler.draw(logits, input_batch, positions, tokens, keep_processed)
 
     def _walk(
         self,
@@ -123,17 +129,18 @@ class TreeVerifier(RejectionSampler):
         batch.last_rows = out.last_rows
         return drawn, out
 
-    def _path_logprobs(
+    def path_logprobs(
         self,
         logits: torch.Tensor,
         drawn: torch.Tensor,
         flat_rows: torch.Tensor,  # [num_logits] int64, accepted rows first in each segment
-        wanted: tuple[int, int] | None,  # most likely tokens, and tokens that a request names
         input_batch: InputBatch,
     ) -> LogprobsTensors | None:
         """Log probabilities of the rows that became output, where the scheduler looks for them."""
+        wanted = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         if wanted is None:
             return None
+        # So many likeliest tokens, and those that requests name.
         num_logprobs, num_named = wanted
         expanded = logits.shape[0] != input_batch.num_reqs
         return compute_topk_scores(

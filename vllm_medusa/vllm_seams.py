@@ -346,6 +346,13 @@ def add_full_graphs(manager: Any, descriptors: Sequence[Any]) -> None:
             known[at:at] = [one for one in of_case if one.num_tokens >= num_tokens]
 
 
+def replace_full_graphs(manager: Any, descriptors: Sequence[Any]) -> None:
+    """Let a manager capture these FULL graphs and no others; as :func:`add_full_graphs`."""
+    manager._capture_descs.clear()
+    manager._candidates.clear()
+    add_full_graphs(manager, descriptors)
+
+
 def forget_attention_choices() -> None:
     """Make vLLM look its attention backends up again; it caches them for the whole process."""
     from vllm.v1.attention import selector

@@ -4,7 +4,8 @@
 
 JOB: {"engine": {LLM arguments}, "plain_v2": bool, "batches": [{"prompts": [[ids]],
 "sampling": [{...}]}], "break": null | "compaction" | "rope" | "chains" | "row kernels",
-"whole_steps": bool, "count_row_products": bool, "count_mixed_steps": bool}.
+"whole_steps": bool, "count_row_products": bool, "count_mixed_steps": bool,
+"compare_drawn_steps": bool}.
 The result holds token ids, logprobs, spec-decode counters and the classes that really ran.
 """
 
@@ -14,6 +15,8 @@ import json
 import os
 import sys
 from pathlib import Path
+
+from drawn_steps import compare_drawn_steps
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -108,18 +111,19 @@ def count_whole_steps(padding: int = 2) -> list[int]:
 
     As a graph does, every step reads the tensors that were there at the first one.
     """
+    from vllm_medusa.drawn_step import DrawnStep
     from vllm_medusa.verification_step import VerificationStep
 
     sizes, captured = [], {}
     try_run = VerificationStep.try_run
 
-    def run(self, size, rows):
+    def run(self, compute):
         owners = (self.runner.req_states, self.runner.sampler.sampling_states)
         moving = [t for owner in owners for t in vars(owner).values() if hasattr(t, "gpu")]
         current = [tensor.gpu for tensor in moving]
         for tensor in moving:
             tensor.gpu = captured.setdefault(id(tensor), tensor.gpu)
-        self.compute(self.hidden_states, size, rows)
+        compute()
         for tensor, gpu in zip(moving, current, strict=True):
             tensor.gpu = gpu
 
@@ -139,11 +143,17 @@ def count_whole_steps(padding: int = 2) -> list[int]:
             return None
         size = min(num_reqs + padding, most)
         sizes.append(size)
-        return size, rows, lambda: run(self, size, rows)
+        return size, rows, lambda: run(self, lambda: self.compute(self.hidden_states, size, rows))
+
+    def drawn_graph(self, num_reqs):
+        size = min(num_reqs + padding, self.runner.max_num_reqs)
+        sizes.append(size)
+        return size, lambda: run(self, lambda: self.compute(size))
 
     VerificationStep.try_run = trying
     VerificationStep._is_static = is_static
     VerificationStep._graph = graph
+    DrawnStep._graph = drawn_graph
     return sizes
 
 
@@ -282,6 +292,7 @@ def main() -> None:
     laid_out = count_laid_out_steps()
     mixed_steps = count_mixed_steps() if job.get("count_mixed_steps") else []
     row_products = count_row_products() if job.get("count_row_products") else {}
+    drawn_steps = compare_drawn_steps() if job.get("compare_drawn_steps") else []
     launches = record_launches() if job.get("record_launches") else {}
     llm = LLM(**engine_arguments(job))
     graphs = []
@@ -315,6 +326,7 @@ def main() -> None:
                 },
                 "whole_steps": len(whole_steps),
                 "laid_out_steps": len(laid_out),
+                "drawn_steps": drawn_steps,
                 "mixed_steps": len(mixed_steps),
                 "graphs_of_mixed_batches": len(graphs),
                 "row_products": row_products,

@@ -110,8 +110,7 @@ def test_prompts_between_trees_take_graphs(model, run_job, sampled):
     params = traffic.sampling("greedy", 24, max_tokens=40)
     params = [one | {"max_tokens": 16 + i} for i, one in enumerate(params)]
     if sampled:
-        # Nucleus sampling leaves the graph of the rest, not that of the forward pass; of one
-        # token it is greedy.
+        # Nucleus sampling, drawn by vLLM's kernels before a graph; of one token it is greedy.
         params = [one | {"temperature": 1.0, "top_p": 1e-6} for one in params]
     engine = {"model": model["model"], **ENGINE, "max_num_batched_tokens": 128}
     named = [{"prompts": prompts, "sampling": [one | {"logprobs": 2} for one in params]}]
@@ -120,6 +119,7 @@ def test_prompts_between_trees_take_graphs(model, run_job, sampled):
         engine | speculation(model["heads"]),
         [{"prompts": prompts, "sampling": params}],
         count_graphs_of_mixed_batches=True,
+        compare_drawn_steps=True,
     )
     first_choices = [
         [row | {"token_ids": row["token_ids"][0]} for row in result["batches"][0]]
@@ -128,7 +128,45 @@ def test_prompts_between_trees_take_graphs(model, run_job, sampled):
     assert_alike(*first_choices)
     assert found["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
     assert found["graphs_of_mixed_batches"] >= 8
-    assert found["laid_out_steps"] >= 4 or sampled
+    # Behind the draw batches of any mix have graphs; whole steps are laid out as equal trees.
+    taken = len(found["drawn_steps"]) if sampled else found["laid_out_steps"]
+    assert taken >= 4
+
+
+# What vLLM's kernels draw before a graph does the rest.
+DRAWN = [
+    {"temperature": 0.6, "top_p": 0.9},
+    {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 0.8, "min_p": 0.05},
+    {"temperature": 0.7},
+    {"temperature": 0.0},
+    {"temperature": 0.9, "top_p": 0.95, "logit_bias": {"7": 3.0}, "logprobs": 2},
+    {"temperature": 0.6, "allowed_token_ids": list(range(3, 40))},
+]
+
+
+@pytest.mark.parametrize("kinds", [DRAWN[:1], DRAWN], ids=["top-p", "side by side"])
+def test_graphs_behind_the_draw_equal_the_launches(model, run_job, kinds):
+    """Tokens, counts and log probabilities of every step, from 41 rows of logits to 328."""
+    requests = {
+        "prompts": traffic.prompts(24, seed=4, high=64),
+        "sampling": [
+            {"max_tokens": 16 + 3 * i, "ignore_eos": True, "seed": i} | kinds[i % len(kinds)]
+            for i in range(24)
+        ],
+    }
+    engine = {"model": model["model"], **ENGINE, "max_num_batched_tokens": 128}
+    medusa = engine | speculation(model["heads"])
+    found = run_job(medusa, [requests], compare_drawn_steps=True)
+    lengths = [len(request["token_ids"][0]) for request in found["batches"][0]]
+    assert lengths == [one["max_tokens"] for one in requests["sampling"]]
+    assert found["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    # Only batches whose graph was replayed are noted.
+    steps = found["drawn_steps"]
+    assert [step for step in steps if step["differ"]] == []
+    assert sum(step["in place"] for step in steps) > 10
+    assert any(0 < step["with drafts"] < step["requests"] for step in steps)
 
 
 def test_sleep_keeps_target_and_heads(asleep):

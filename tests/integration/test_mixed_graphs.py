@@ -145,3 +145,19 @@ def test_other_modes_are_left_alone(runner, mode):
     runner.cudagraph_manager.cudagraph_mode = CUDAGraphMode[mode]
     add_mixed_graphs(runner)
     assert runner.cudagraph_manager._candidates == before
+
+
+def test_graphs_behind_the_draw_count_requests_alone(runner, manager, monkeypatch):
+    from vllm_medusa import drawn_step
+
+    monkeypatch.setattr(drawn_step, "CudaGraphManager", lambda *args: manager)
+    # No size of vLLM's, and the batch of a server that is full.
+    runner.max_num_reqs = 21
+    runner.speculator = SimpleNamespace(drawn_graphs=None)
+    step = drawn_step.DrawnStep(SimpleNamespace(runner=runner))
+    assert step._graph(3) is None
+    runner.speculator.drawn_graphs = step.make_graphs()
+    assert [step._graph(n)[0] for n in (1, 2, 3, 9, 16, 17, 21)] == [1, 2, 4, 16, 16, 21, 21]
+    assert step._graph(22) is None
+    captured = [one.num_reqs for own in manager._capture_descs.values() for one in own]
+    assert captured == [21, 16, 8, 4, 2, 1]

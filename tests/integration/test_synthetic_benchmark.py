@@ -31,11 +31,11 @@ def tree(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "whole_steps"),
-    [(NODES, False), (NODES, True), (3, True)],
-    ids=["launch by launch", "whole steps", "cut tree"],
+    ("nodes", "whole_steps", "top_p"),
+    [(NODES, False, 0.8), (NODES, True, 1.0), (3, True, 1.0), (NODES, True, 0.8)],
+    ids=["launch by launch", "whole steps", "cut tree", "behind the draw"],
 )
-def test_engine_accepts_what_the_tree_promises(run_job, tiny, tree, nodes, whole_steps):
+def test_engine_accepts_what_the_tree_promises(run_job, tiny, tree, nodes, whole_steps, top_p):
     """Within 4 standard errors of about 900 steps or more; a step accepts at most 3."""
     count = 16
     config = {
@@ -48,15 +48,13 @@ def test_engine_accepts_what_the_tree_promises(run_job, tiny, tree, nodes, whole
         "model": tiny["model"], "max_num_seqs": count + 1, "speculative_config": config,
         "worker_extension_cls": "synthetic_acceptance.SyntheticAcceptance",
     }  # fmt: skip
-    # Greedy, seeded alike, and with a processor, which the graphs leave to the other route.
+    # Greedy, seeded alike, and with or without a filter, which leaves the draw out of the graphs.
     kinds = (
         {"temperature": 0.0},
         {"temperature": 0.8, "seed": 5},
-        {"temperature": 0.9, "top_p": 0.8},
+        {"temperature": 0.9, "top_p": top_p},
     )
     sampling = [{"max_tokens": TOKENS, "ignore_eos": True, **kinds[i % 3]} for i in range(count)]
-    if whole_steps:
-        sampling = [{**params, "top_p": 1.0} for params in sampling]
     batches = [{"prompts": traffic.prompts(count, seed=3), "sampling": sampling}]
     paths = [HERE, BENCHMARKS, *filter(None, [os.environ.get("PYTHONPATH")])]
     result = run_job(
