@@ -25,6 +25,7 @@ _LAUNCHERS = {
     "compact_kv": "kv_compaction",
     "draft_tree": "draft",
     "embed_paths": "sequential",
+    "float8_product": "float8",
     "lookup_chain": "lookup",
     "scatter_tree": "scatter",
     "top_tokens": "draft_tokens",

@@ -15,6 +15,7 @@ from .checks import check_compact_kv, check_scatter_tree, require
 from .kv_layout import WORDS, group_layers
 from .reference_attention import add_tree_attention, tree_attention
 from .reference_draft import best_tree, draft_tree, top_tokens
+from .reference_float8 import float8_product
 from .reference_lookup import lookup_chain
 from .reference_sequential import add_update, embed_paths
 from .reference_walk import path_rows, tree_walk
@@ -27,6 +28,7 @@ __all__ = [
     "compact_kv",
     "draft_tree",
     "embed_paths",
+    "float8_product",
     "lookup_chain",
     "path_rows",
     "scatter_tree",

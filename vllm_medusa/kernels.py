@@ -26,6 +26,7 @@ __all__ = [
     "best_tree",
     "draft_tree",
     "embed_paths",
+    "float8_product",
     "lookup_chain",
     "scatter_tree",
     "top_tokens",
@@ -75,3 +76,8 @@ def embed_paths(out: torch.Tensor, *args) -> None:
 def add_update(out: torch.Tensor, *args) -> None:
     """End of a residual layer of sequential heads; arguments as in the kernel's launcher."""
     _implementation(out).add_update(out, *args)
+
+
+def float8_product(out: torch.Tensor, *args, **kwargs) -> None:
+    """Product with float8 weights; arguments as in the kernel's launcher, but no plan elsewhere."""
+    _implementation(out).float8_product(out, *args, **kwargs)
