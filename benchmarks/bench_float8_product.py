@@ -29,7 +29,7 @@ from records import write_record
 from timing import capture, parse_on_gpu, start_us, sweep_parser, time_gpu, time_in_turns
 from torch.nn import functional
 
-from vllm_medusa.float8_weights import to_float8_rows
+from vllm_medusa.draft_weights import to_float8_rows
 from vllm_medusa.kernels import float8_product
 from vllm_medusa.triton_kernels import reference
 from vllm_medusa.triton_kernels.float8 import Plan, plan_for
