@@ -58,7 +58,7 @@ def to_float8_rows(
         numbers = rows.to(device).float()
         largest = numbers.abs().amax(dim=1) / LARGEST
         # Zero also where the largest number is too small to be divided by 448.
-        factors.copy_(torch.where(largest > 0, largest, 1.0))
+        factors.copy_(torch.where(largest == 0, 1.0, largest))
         # Next to float32's smallest numbers the quotient itself is rounded, and may be too small.
         target.copy_((numbers / factors[:, None]).clamp(-LARGEST, LARGEST))
     if not scale.isfinite().all():

@@ -113,9 +113,7 @@ class SequentialHeads(nn.Module):
     def _states(self, head: int, inputs: torch.Tensor) -> torch.Tensor:
         # -> [n, hidden_size]
         hidden, index = inputs[:, 0], head - 1
-        states = self.first_layers[index].residual(
-            inputs.flatten(1), hidden, self._bias(0, index)
-        )
+        states = self.first_layers[index].residual(inputs.flatten(1), hidden, self._bias(0, index))
         for number, layer in enumerate(self.later_layers, start=1):
             states = layer.residual(states, states, self._bias(number, index), group=index)
         return states
