@@ -3,7 +3,7 @@
     python benchmarks/simulate_float8.py --model MODEL --heads DIR DIR --work-dir DIR \
         --out record.json
 
-The model answers MT-Bench questions greedily.  Under greedy verification those answers decide
+vLLM answers MT-Bench questions greedily.  Under greedy verification those answers decide
 which nodes are accepted, so one pass over them tells the steps of heads as the checkpoint has them
 and of the same heads rounded as a GPU serves them: layers, and the rows of the model's lm_head for
 the first ids, which a draft vocabulary cuts out.  Trees are chosen at every step.  The ratio's
@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from greedy_answers import chosen_questions, own_answers
+from greedy_answers import chosen_questions, served_answers
 from records import write_record
 from simulate_trees import BUDGETS, QUESTIONS, RESAMPLES, steps_by_question
-from transformers import AutoTokenizer
 from variant_pools import places_in_pool
 
 from vllm_medusa.draft_vocabulary import DEFAULT_SHARE, cut_lm_head
@@ -115,13 +114,13 @@ def compare(plain: np.ndarray, float8: np.ndarray, offsets: np.ndarray) -> list[
 def main() -> None:
     """Answer, draft both ways, simulate, print, record."""
     args = parse_args()
-    model = load_base(args.model, args.dtype, args.device)
+    engine = {"model": args.model, "dtype": args.dtype, "max_model_len": 2048}
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    test = own_answers(
+    test = served_answers(
         args.work_dir / "mt_bench.safetensors",
-        chosen_questions(args.questions, args.num_questions, 1), model,
-        AutoTokenizer.from_pretrained(args.model), args.max_tokens,
+        chosen_questions(args.questions, args.num_questions, 1), engine, args.max_tokens,
     )  # fmt: skip
+    model = load_base(args.model, args.dtype, args.device)
     size = len(lm_head_weight(model)) // DEFAULT_SHARE
     target = SimpleNamespace(lm_head=SimpleNamespace(weight=lm_head_weight(model)))
     record: dict[str, Any] = {
