@@ -29,7 +29,7 @@ from records import write_record
 from timing import capture, parse_on_gpu, start_us, sweep_parser, time_gpu, time_in_turns
 from torch.nn import functional
 
-from vllm_medusa.float8_weights import to_float8_rows
+from vllm_medusa.draft_weights import to_float8_rows
 from vllm_medusa.kernels import float8_product
 from vllm_medusa.triton_kernels import reference
 from vllm_medusa.triton_kernels.float8 import Plan, plan_for
@@ -203,19 +203,26 @@ def bench_peers(args: Namespace) -> list[dict[str, Any]]:
 
 def plans(num_rows: int) -> Iterator[Plan]:
     """Launches that may pay for so many rows."""
-    rows = min(max(2 ** (num_rows - 1).bit_length(), 16), 128)
-    for outputs, size, warps, stages in itertools.product(
-        (16, 32, 64, 128), (64, 128, 256, 512), (1, 2, 4, 8), (4, 6)
-    ):
-        tile = outputs * size
-        in_flight = (stages - 1) * tile
-        shared = in_flight + (stages - 1) * 2 * rows * size
-        # Each warp has at least eight outputs, a KiB of a tile and not more sums than registers.
-        if outputs < 8 * warps or tile < 1024 * warps or outputs * rows > 2048 * warps:
-            continue
-        # Fewer bytes in flight would not hide the memory's latency.
-        if in_flight >= 12 << 10 and shared <= MOST_SHARED:
-            yield Plan(outputs, rows, size, warps, stages)
+    padded = min(max(2 ** (num_rows - 1).bit_length(), 8), 128)
+    sliced = itertools.product(
+        (16, 32, 64), {padded, max(padded, 16)}, (64, 128), (2, 4, 8), (3, 4, 6)
+    )
+    whole = itertools.product((64, 128), {max(padded, 16)}, (64, 128), (4, 8), (3, 4))
+    for outputs, rows, size, warps, stages in sliced:
+        yield from _possible(Plan(outputs, rows, size, warps, warps, stages))
+    for outputs, rows, size, warps, stages in whole:
+        yield from _possible(Plan(outputs, rows, size, 1, warps, stages))
+
+
+def _possible(plan: Plan) -> Iterator[Plan]:
+    """The plan, if it has registers and shared memory, and enough bytes in flight."""
+    columns = plan.block_size * plan.slices
+    in_flight = (plan.num_stages - 1) * plan.block_outputs * columns
+    shared = in_flight + (plan.num_stages - 1) * 2 * plan.block_rows * columns
+    # A warp adds up 32 x 64 sums in registers; those of slices are copies.
+    sums = plan.block_outputs * plan.block_rows * plan.slices
+    if sums <= 2048 * plan.num_warps and in_flight >= 12 << 10 and shared <= MOST_SHARED:
+        yield plan
 
 
 def compile_plan(dtype: torch.dtype, plan: Plan) -> None:

@@ -7,9 +7,10 @@ shape: random weights, the first ids of its lm_head.  `score` is one CUDA graph,
 step; a profile of its replays names every launch.  `floor` is the time that reading all weights
 once a level takes.  The peer drafts the same tree with PyTorch's operators, each matrix of the
 first layer by itself; before both are timed their tokens are compared in float32, since in
-bfloat16 random heads find many tokens equally likely.  `products` times the matrix products of
-each level alone: the first layer with all its matrices side by side (`joined`) and one after the
-other (`batched`), a further one (`block`) and the lm_head.
+bfloat16 random heads find many tokens equally likely.  `float8` drafts with rounded weights, half
+the bytes of the floor.  `products` times the matrix products of each level alone: the first layer
+with all its matrices side by side (`joined`) and one after the other (`batched`), a further one
+(`block`) and the lm_head.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.nn import functional
 
 import vllm_medusa
 from vllm_medusa.checkpoint import load_heads
+from vllm_medusa.draft_weights import Float8Weight, PlainWeight
 from vllm_medusa.head_weights import HeadSpec
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.heads_path import path_update
@@ -61,7 +63,12 @@ QUICK_SHAPES = SHAPES[:2]
 class Draft:
     """Random heads of a shape, and what they draft from."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype = torch.bfloat16,
+        kind: type[PlainWeight] | type[Float8Weight] = PlainWeight,
+    ):
         small = load_heads(HEADS)
         self.tree = TokenTree.load(HEADS / "tree.json")
         self.spec = HeadSpec(
@@ -76,7 +83,7 @@ class Draft:
         self.embeddings = torch.randn(shape.vocab, shape.hidden, device=DEVICE, dtype=dtype)
         self.hidden = torch.randn(shape.batch, shape.hidden, device=DEVICE, dtype=dtype)
         self.roots = torch.arange(shape.batch, device=DEVICE)
-        heads = SequentialHeads(self.heads.to_weights(), DEVICE, shape.later_ids)
+        heads = SequentialHeads(self.heads.to_weights(), DEVICE, shape.later_ids, kind)
         self.drafter = SequentialDrafter(heads, self.tree, shape.batch)
         self.levels = self.drafter.levels_for(shape.batch)
         # Parents and ranks of each level's nodes.
@@ -183,6 +190,12 @@ def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
     exact = Draft(shape, torch.float32)
     correct = torch.equal(exact.score()[0].flatten(1), exact.peer())
     del exact
+    rounded = Draft(shape, kind=Float8Weight)
+    in_float8 = {
+        "float8": time_gpu(rounded.score, repeats=repeats).as_dict(),
+        "float8_launches": launches(rounded.score),
+    }
+    del rounded
     draft = Draft(shape)
     return {
         "shape": shape._asdict(), "tree_nodes": draft.tree.num_nodes,
@@ -190,7 +203,7 @@ def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
         "floor_us": round(draft.num_bytes() / BANDWIDTH * 1e6, 1),
         "score": time_gpu(draft.score, repeats=repeats).as_dict(),
         "peer": time_gpu(draft.peer, repeats=repeats).as_dict(),
-        "launches": launches(draft.score), "peer_launches": launches(draft.peer),
+        **in_float8, "launches": launches(draft.score), "peer_launches": launches(draft.peer),
         "products_us": products(draft, repeats),
     }  # fmt: skip
 
@@ -198,8 +211,10 @@ def bench_shape(shape: Shape, repeats: int) -> dict[str, Any]:
 def print_row(shape: Shape, row: dict[str, Any]) -> None:
     mark = "" if row["correct"] else "  WRONG"
     print(f"{shape!s:<28} rows {row['rows_by_level']}, floor {row['floor_us']:.1f} us{mark}")
-    for side, kernels in (("score", row["launches"]), ("peer", row["peer_launches"])):
-        count, busy = (sum(kernel[key] for kernel in kernels) for key in ("launches", "us"))
+    sides = (("score", "launches"), ("float8", "float8_launches"), ("peer", "peer_launches"))
+    for side, key in sides:
+        kernels = row[key]
+        count, busy = (sum(kernel[name] for kernel in kernels) for name in ("launches", "us"))
         time = row[side]["median"]
         print(f"  {side}: {time:.1f} us, {count:g} launches busy for {busy:.1f}")
         for kernel in kernels:

@@ -44,12 +44,14 @@ TESTS = {
     "test_best_tree": ("test_heads", "sizes_around", "fixed_slots"),
     "test_lookup": ("small_histories", "lengths_around", "edges_of_blocks"),
     "test_merged_tree": ("stands_once", "heads_spell"),
+    "test_float8": ("rows_around", "outputs_around", "columns_around", "rounded_once", "padded"),
     "test_sequential": ("named_paths", "widths_around", "updates_around", "padded_rows"),
 }  # fmt: skip
 KERNELS = (
     "tree_attention_kernel", "tree_part_kernel", "join_splits_kernel", "_draft_tree_kernel",
     "_top_tokens_kernel", "_compact_kv_kernel", "_lookup_kernel", "_scatter_tree_kernel",
     "_embed_paths_kernel", "_add_update_kernel", "_best_tree_kernel", "_tree_walk_kernel",
+    "_float8_product_kernel",
 )  # fmt: skip
 FIRST_PORT, PORTS = 49152, 50  # of a tool's own; tools that run at once must not share them
 SUMMARY = re.compile(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)")

@@ -25,6 +25,7 @@ from report_comparisons import (
     widths_section,
 )
 from report_curve import draw, figure_is_current, learning_curve_section
+from report_float8 import float8_heads_section, float8_product_section
 from report_heads import (
     compared_heads_section,
     heads_section,
@@ -307,6 +308,7 @@ def heads_parts() -> list[str]:
     """Tables of trained heads; a record may have none of its kind yet."""
     variants = sorted(RESULTS.glob("*_head_variants*.json"))
     parts = [compared_heads_section(p) for p in [*RESULTS.glob("*_compared_heads.json"), *variants]]
+    parts += [float8_heads_section(path) for path in sorted(RESULTS.glob("*_float8_heads.json"))]
     parts += [training_section(path) for path in variants] + [learning_curve_section()]
     parts += [training_speed_section(path) for path in sorted(RESULTS.glob("*_training.json"))]
     return [part for part in parts if part]
@@ -333,6 +335,8 @@ def results_section() -> str:
     parts += [sanitizer_section(path) for path in sorted(RESULTS.glob("*_sanitizer.json"))]
     found = sorted(RESULTS.glob("*_sequential_draft.json"))
     parts += [sequential_draft_section(path) for path in found]
+    found = sorted(RESULTS.glob("*_float8_product.json"))
+    parts += [float8_product_section(path) for path in found]
     parts += [cpu_runner_section(path) for path in sorted(RESULTS.glob("cpu_runner.json"))]
     parts += [soak_section(path) for path in sorted(RESULTS.glob("cpu_soak*.json"))]
     return "\n\n".join(part for part in parts if part)

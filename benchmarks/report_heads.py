@@ -159,14 +159,14 @@ def sequential_draft_section(path: Path) -> str:
     """Drafting with sequential heads, level by level."""
     record = json.loads(path.read_text())
     rows = []
+    sides = {"score": "launches", "float8": "float8_launches", "peer": "peer_launches"}
     for row in record["rows"]:
         shape = row["shape"]
-        counts = (
-            sum(kernel["launches"] for kernel in row[side])
-            for side in ("launches", "peer_launches")
-        )
-        times = (f"{row[side]['median']:.0f} ({count:g})"
-                 for side, count in zip(("score", "peer"), counts, strict=True))  # fmt: skip
+        times = (
+            f"{row[side]['median']:.0f} ({sum(kernel['launches'] for kernel in row[key]):g})"
+            if side in row else "-"
+            for side, key in sides.items()
+        )  # fmt: skip
         rows.append(
             [
                 f"{shape['batch']}", f"{shape['ids']}, {shape['later_ids']}",
@@ -175,7 +175,7 @@ def sequential_draft_section(path: Path) -> str:
         )  # fmt: skip
     header = [
         "requests", "ids of the first and the other heads", "rows of each level", "floor",
-        "draft (launches)", "PyTorch (launches)",
+        "draft (launches)", "in float8 (launches)", "PyTorch (launches)",
     ]  # fmt: skip
     text = (
         f"**Drafting with sequential heads** of {record['rows'][0]['shape']['hidden']} columns on "

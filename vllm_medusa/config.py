@@ -42,6 +42,9 @@ DEFAULT_LOOKUP = 16
 # Who attends to verification rows on a GPU; the first is this project's kernel.
 ATTENTIONS = ("triton", "xformers")
 
+# How heads hold what they draft with; the first is float8 wherever that can be.
+DRAFT_WEIGHTS = AUTO_WEIGHTS, FLOAT8_WEIGHTS, PLAIN_WEIGHTS = "auto", "float8", "unquantised"
+
 # Used when the checkpoint directory brings no tree.json of its own.
 DEFAULT_TREE = "mc_sim_7b_63"
 
@@ -79,6 +82,9 @@ class MedusaOptions:
     draft_vocab_size : int or None
         Heads that share the target's lm_head score its first ids only; 0 means all, None
         takes a quarter of large vocabularies.
+    draft_weights : str
+        How layers and lm_heads of the heads are held, one of :data:`DRAFT_WEIGHTS`; the target's
+        own lm_head, where heads share all of it, stays as it is.
     adaptive : bool or None
         Choose the nodes of each step by what steps cost here and what is accepted lately;
         None does so on a GPU unless nodes, tree or schedule were asked for.
@@ -100,6 +106,7 @@ class MedusaOptions:
     typical_epsilon: float = TYPICAL_EPSILON
     typical_delta: float | None = None
     draft_vocab_size: int | None = None
+    draft_weights: str = AUTO_WEIGHTS
     adaptive: bool | None = None
     attention: str = ATTENTIONS[0]
     prompt_lookup: int | None = None
@@ -127,6 +134,11 @@ class MedusaOptions:
         if self.attention not in ATTENTIONS:
             raise ValueError(
                 f"medusa: attention={self.attention!r} must be one of {', '.join(ATTENTIONS)}"
+            )
+        if self.draft_weights not in DRAFT_WEIGHTS:
+            raise ValueError(
+                f"medusa: draft_weights={self.draft_weights!r} must be one of "
+                f"{', '.join(DRAFT_WEIGHTS)}"
             )
         check_lookup(self.prompt_lookup, self.tree in (None, DYNAMIC_TREE))
         check_acceptance(self.acceptance, self.typical_epsilon, self.typical_delta, "medusa: ")

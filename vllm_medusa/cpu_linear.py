@@ -108,9 +108,9 @@ def packed_layers(model: torch.nn.Module) -> str:
 
 def pack_lm_head(heads: MedusaHeads | SequentialHeads) -> None:
     """Let heads with one lm_head for all of them multiply by panels."""
-    if heads.lm_head is None or heads.lm_head.shape[0] != 1:
+    if heads.spec.num_lm_heads != 1:
         return
-    weight = heads.lm_head.data[0]
+    weight = (heads.lm_head.weight if heads.spec.sequential else heads.lm_head).data[0]
     if not cpu_rows.can_pack(weight) or kernels() is None:
         return
     panels = cpu_rows.pack(weight)

@@ -17,8 +17,11 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_medusa.checkpoint import load_heads
 from vllm_medusa.draft_vocabulary import cut_lm_head, later_size
+from vllm_medusa.draft_weights import Float8Weight, PlainWeight
 from vllm_medusa.dynamic_tree import DynamicDrafter
 from vllm_medusa.embedding_table import embedding_table
+from vllm_medusa.float8_heads import Float8Heads
+from vllm_medusa.head_weights import HeadWeights
 from vllm_medusa.heads import MedusaHeads
 from vllm_medusa.kernels import DraftWorkspace, draft_tree
 from vllm_medusa.prompt_lookup import PromptLookup
@@ -106,11 +109,7 @@ class MedusaProposer(DraftModelSpeculator):
                     "sharded, quantised or has a bias",
                     size,
                 )
-            if weights.spec.sequential:
-                later = None if weights.lm_head is None else later_size(self.device.type, size)
-                heads = SequentialHeads(weights, self.device, later)
-            else:
-                heads = MedusaHeads.from_weights(weights, self.device)
+            heads = self._build_heads(weights)
         if self.device.type == "cpu":
             from vllm_medusa.cpu_linear import pack_lm_head
 
@@ -122,6 +121,18 @@ class MedusaProposer(DraftModelSpeculator):
             embeddings = target_model.embed_input_ids if table is None else table
             object.__setattr__(self, "embeddings", embeddings)
         return heads
+
+    def _build_heads(self, weights: HeadWeights) -> nn.Module:
+        """Whole heads on this device."""
+        config, in_float8 = self.speculative_config, self.speculative_config.float8_weights
+        if not weights.spec.sequential:
+            make = Float8Heads if in_float8 else MedusaHeads.from_weights
+            return make(weights, self.device)
+        later = None
+        if weights.lm_head is not None:
+            later = later_size(self.device.type, config.draft_vocab_size)
+        kind = Float8Weight if in_float8 else PlainWeight
+        return SequentialHeads(weights, self.device, later, kind)
 
     def build_drafter(self) -> None:
         """Allocate what the loaded heads draft in."""

@@ -42,7 +42,7 @@ class SequentialDrafter:
     """
 
     def __init__(self, heads: SequentialHeads, tree: TokenTree, max_num_reqs: int) -> None:
-        spec, device = heads.spec, heads.first_weights[0].device
+        spec, device = heads.spec, heads.first_layers[0].weight.device
         tree.validate(spec.num_heads, spec.output_size)
         self.heads, self.tree = heads, tree
         # A node's column is its row less one.

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from vllm_medusa.draft_weights import Float8Weight, PlainWeight, frozen
 from vllm_medusa.head_weights import HeadWeights
 from vllm_medusa.heads_path import head_rows
-from vllm_medusa.kernels import add_update
 
 
 class SequentialHeads(nn.Module):
@@ -27,6 +27,8 @@ class SequentialHeads(nn.Module):
         Where these weights live.
     later_size : int, optional
         Ids that heads behind the first score, the first of those that it scores; all if left out.
+    kind : type, optional
+        How layers and lm_heads are held: :class:`PlainWeight` or :class:`Float8Weight`.
 
     Raises
     ------
@@ -39,6 +41,7 @@ class SequentialHeads(nn.Module):
         weights: HeadWeights,
         device: torch.device | str | None = None,
         later_size: int | None = None,
+        kind: type[PlainWeight] | type[Float8Weight] = PlainWeight,
     ) -> None:
         super().__init__()
         self.later_size = later_size
@@ -47,21 +50,19 @@ class SequentialHeads(nn.Module):
             raise ValueError("heads: found independent heads; draft them with top_tokens")
 
         def copy(tensor: torch.Tensor | None) -> nn.Parameter | None:
-            if tensor is None:
-                return None
-            return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=False)
+            return None if tensor is None else frozen(tensor.detach().to(device, copy=True))
 
-        # Head -> [hidden_size, (1 + head) * hidden_size]
-        self.first_weights = nn.ParameterList()
+        # Head -> [1, hidden_size, (1 + head) * hidden_size]
+        self.first_layers = nn.ModuleList()
         for head in range(1, spec.num_heads + 1):
             parts = [weights.weight[0, head - 1], *weights.path_weight[head_rows(head)]]
-            self.first_weights.append(copy(torch.cat(parts, dim=1)))
-        # [num_layers - 1, num_heads, hidden_size, hidden_size]: of the layers behind the first
-        self.weight = copy(weights.weight[1:])
+            self.first_layers.append(kind(torch.cat(parts, dim=1)[None], device))
+        # Of each layer behind the first [num_heads, hidden_size, hidden_size]
+        self.later_layers = nn.ModuleList(kind(layer, device) for layer in weights.weight[1:])
         # [num_layers, num_heads, hidden_size]
         self.bias = copy(weights.bias)
         # [1 or num_heads, output_size, lm_head_width]
-        self.lm_head = copy(weights.lm_head)
+        self.lm_head = None if weights.lm_head is None else kind(weights.lm_head, device)
         # [n, lm_head_width] -> [n, output_size]: a faster product of a common lm_head
         self.lm_head_product: Callable[[torch.Tensor], torch.Tensor] | None = None
         # [num_heads, lm_head_rank, hidden_size]
@@ -99,8 +100,8 @@ class SequentialHeads(nn.Module):
                 states = functional.linear(states, self.lm_head_down[head - 1])
             if self.lm_head_product is not None:
                 return self.lm_head_product(states)[:, : self.size_of(head)]
-            lm_head = self.lm_head[min(head, self.spec.num_lm_heads) - 1]
-            return functional.linear(states, lm_head[: self.size_of(head)])
+            group = min(head, self.spec.num_lm_heads) - 1
+            return self.lm_head.product(states, group, self.size_of(head))
         if apply_lm_head is None:
             raise ValueError(
                 "apply_lm_head: found None, but these heads have no lm_head of their own; pass a "
@@ -111,12 +112,11 @@ class SequentialHeads(nn.Module):
 
     def _states(self, head: int, inputs: torch.Tensor) -> torch.Tensor:
         # -> [n, hidden_size]
-        states, source, index = inputs[:, 0], inputs.flatten(1), head - 1
-        for layer in range(self.spec.num_layers):
-            weight = self.weight[layer - 1, index] if layer else self.first_weights[index]
-            bias = None if self.bias is None else self.bias[layer, index]
-            update = functional.linear(source, weight)
-            source = torch.empty_like(update)
-            add_update(source, states, update, bias)
-            states = source
+        hidden, index = inputs[:, 0], head - 1
+        states = self.first_layers[index].residual(inputs.flatten(1), hidden, self._bias(0, index))
+        for number, layer in enumerate(self.later_layers, start=1):
+            states = layer.residual(states, states, self._bias(number, index), group=index)
         return states
+
+    def _bias(self, layer: int, index: int) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias[layer, index]

@@ -25,10 +25,12 @@ from vllm_medusa.config import (
     MedusaOptions,
     check_acceptance,
 )
+from vllm_medusa.head_weights import HeadWeights
 from vllm_medusa.start_choices import (
     budget_for_machine,
     check_attention,
     choose_draft_vocabulary,
+    choose_draft_weights,
     choose_frequencies,
     choose_schedule,
     choose_tree,
@@ -68,6 +70,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     typical_delta: float = math.sqrt(TYPICAL_EPSILON)
     draft_vocab_size: int | None = None
     """First ids that heads with a shared lm_head score; None: all."""
+    float8_weights: bool = False
+    """Whether heads that are whole on their device draft with weights rounded to float8."""
     node_frequencies: tuple[float, ...] = ()
     """Share of steps whose path held each node in calibration, where the nodes of a step are chosen
     as it comes; empty: they follow the schedule."""
@@ -152,15 +156,7 @@ def create_medusa_config(
     """
     options = MedusaOptions.from_speculative_config(speculative_config)
     check_attention(options)
-    # The whole file is read here, in the user's own process, so that a bad one is
-    # refused before engine and workers start; they read it again from the page cache.
-    with one_thread():
-        heads = load_heads(
-            options.location,
-            hidden_size=target_model_config.get_hidden_size(),
-            vocab_size=target_model_config.get_vocab_size(),
-            base_model=target_model_config.model,
-        )
+    heads = _read_heads(options, target_model_config)
     num_heads = usable_heads(options, heads.spec, target_parallel_config)
     tree = choose_tree(options, num_heads, heads.tree_path)
     options = resolve_tree(
@@ -180,11 +176,15 @@ def create_medusa_config(
     # The nodes of sequential heads come from the tree, however they are chosen.
     if options.dynamic_tree and not heads.spec.sequential:
         used_heads = min(num_heads, tree.num_nodes)
+    float8_weights = choose_draft_weights(
+        options, heads.spec, target_model_config.dtype, target_parallel_config
+    )
     logger.info(
-        "Medusa: %d heads from %s (format %s), %s of %d nodes and depth %d",
+        "Medusa: %d heads from %s (format %s%s), %s of %d nodes and depth %d",
         num_heads,
         options.model,
         heads.format,
+        ", rounded to float8" if float8_weights else "",
         "trees chosen at every step" if options.dynamic_tree else "tree",
         tree.num_nodes,
         used_heads,
@@ -206,10 +206,25 @@ def create_medusa_config(
         typical_epsilon=epsilon,
         typical_delta=delta,
         draft_vocab_size=choose_draft_vocabulary(options, heads.spec),
+        float8_weights=float8_weights,
         node_frequencies=choose_frequencies(options, tree, schedule),
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )
+
+
+def _read_heads(options: MedusaOptions, target_model_config: Any) -> HeadWeights:
+    """The whole file, in the user's own process.
+
+    A bad one is refused before engine and workers start; they read it again from the page cache.
+    """
+    with one_thread():
+        return load_heads(
+            options.location,
+            hidden_size=target_model_config.get_hidden_size(),
+            vocab_size=target_model_config.get_vocab_size(),
+            base_model=target_model_config.model,
+        )
 
 
 def is_medusa(speculative_config: Any) -> bool:

@@ -18,7 +18,9 @@ from vllm_medusa.config import (
     DEFAULT_NODE_BUDGET,
     DEFAULT_TREE,
     DYNAMIC_TREE,
+    FLOAT8_WEIGHTS,
     MAX_DYNAMIC_NODES,
+    PLAIN_WEIGHTS,
     ROW_BUDGET,
     STATIC_TREE,
     MedusaOptions,
@@ -32,6 +34,9 @@ from vllm_medusa.tree import TokenTree
 from vllm_medusa.tree_candidates import head_ranks
 
 logger = init_logger(f"vllm.{__name__}")
+
+# Ada: the first that turns float8 into floats by an instruction.
+FLOAT8_CAPABILITY = 89
 
 
 def choose_tree(options: MedusaOptions, num_heads: int, tree_file: Path | None) -> TokenTree:
@@ -143,6 +148,43 @@ def choose_draft_vocabulary(options: MedusaOptions, spec: HeadSpec) -> int | Non
     if asked is None:
         return default_size(current_platform.device_type, spec.vocab_size)
     return asked or None
+
+
+def choose_draft_weights(
+    options: MedusaOptions, spec: HeadSpec, dtype: torch.dtype, parallel_config: Any
+) -> bool:
+    """Whether heads draft with float8 weights: by default wherever they can.
+
+    Raises
+    ------
+    ValueError
+        They cannot, but that was asked for.
+    """
+    if options.draft_weights == PLAIN_WEIGHTS:
+        return False
+    reason = _why_unquantised(spec, dtype, parallel_config)
+    if reason is not None and options.draft_weights == FLOAT8_WEIGHTS:
+        raise ValueError(
+            f"medusa: draft_weights={FLOAT8_WEIGHTS!r}: {reason}; leave draft_weights out"
+        )
+    return reason is None
+
+
+def _why_unquantised(spec: HeadSpec, dtype: torch.dtype, parallel_config: Any) -> str | None:
+    """Why heads keep the target's dtype; None where float8 serves."""
+    if not (
+        current_platform.is_cuda() and current_platform.has_device_capability(FLOAT8_CAPABILITY)
+    ):
+        return (
+            "its kernel needs an NVIDIA GPU that converts float8, of compute capability "
+            f"{FLOAT8_CAPABILITY / 10} or later"
+        )
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it replaces weights of 16 bits, the target's are {dtype}"
+    ranks = parallel_config.tensor_parallel_size
+    if ranks > 1 and not spec.sequential:
+        return f"with tensor_parallel_size={ranks} each rank holds a part of the heads as it is"
+    return None
 
 
 def budget_for_machine(tree: TokenTree, num_heads: int, model: Any) -> Budget | None:

@@ -59,6 +59,9 @@ CASES = {
     "budget of 128": {
         "speculative_config": {"method": "medusa", "model": "HEADS", "num_speculative_tokens": 128}
     },
+    "unknown weights": {
+        "speculative_config": {"method": "medusa", "model": "HEADS", "draft_weights": "int4"}
+    },
     "wrong hidden size": {"speculative_model": "medusa:NARROW"},
     "not a number": {"speculative_model": "medusa:NAN"},
     "own worker": {"speculative_model": "medusa:HEADS", "worker_cls": "my.Worker"},
@@ -77,6 +80,7 @@ REFUSED = {
     "no parent": ["[0, 1]"],
     "too many heads": ["num_heads=9", "holds 3"],
     "budget of 128": ["128", "1 to 127"],
+    "unknown weights": ["draft_weights='int4'", "auto, float8, unquantised"],
     "wrong hidden size": ["hidden size 32", "64"],
     "not a number": ["NaN"],
     "own worker": ["my.Worker"],

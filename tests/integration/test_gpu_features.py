@@ -179,6 +179,24 @@ def test_sleep_keeps_target_and_heads(asleep):
     assert all(abs(count - accepted[0]) <= 0.1 * accepted[0] for count in accepted), accepted
 
 
+def test_heads_in_float8_change_no_token(model, run_series):
+    """With CUDA graphs: what plain decoding says, and about as many drafts accepted."""
+    engine = {"model": model["model"], **ENGINE}
+    medusa = speculation(model["heads"])["speculative_config"]
+    jobs = {"plain": {"engine": engine, "batches": [batch()]}}
+    for weights in ("unquantised", "float8"):
+        config = {"speculative_config": medusa | {"draft_weights": weights}}
+        jobs[weights] = {"engine": engine | config, "batches": [batch()]}
+    results = run_series(jobs)
+    for name, result in results.items():
+        assert "error" not in result, (name, result["error"])
+        assert_alike(results["plain"]["batches"][0], result["batches"][0])
+    exact, rounded = (results[name]["accepted"][0] for name in ("unquantised", "float8"))
+    assert exact > 0
+    # Four bits of each weight, of heads that are right most of the time.
+    assert abs(rounded - exact) <= 0.1 * exact
+
+
 def test_offloading(model, run_series):
     """Cache blocks that trees have written come back from the host's memory."""
     engine = {"model": model["model"], **ENGINE}

@@ -23,6 +23,7 @@ from vllm_medusa.triton_kernels import (
     attention_kernels,
     draft,
     draft_tokens,
+    float8,
     kv_compaction,
     lookup,
     scatter,
@@ -83,6 +84,10 @@ RANKS = {"NUM_TOP": 12, "MAX_TOP": 128, "GROUP": 128, "GROUPS_PER_PROGRAM": 32, 
 PATHS = dict.fromkeys(("out", "hidden", "embeddings"), "*bf16")
 PATHS |= dict.fromkeys(("tokens", "root_tokens", "paths"), "*i64")
 UPDATE = dict.fromkeys(("out", "states", "update", "bias"), "*bf16")
+PRODUCT = dict.fromkeys(("out", "inputs", "states", "bias"), "*bf16")
+PRODUCT |= {"weight": "*fp8e4nv", "scale": "*fp32"}
+BLOCKS = {"BLOCK_OUTPUTS": 32, "BLOCK_ROWS": 16, "BLOCK_SIZE": 128, "SLICES": 4, "IS_EVEN": True}
+NO_LAYER = {"states": None, "bias": None}
 CHOICE = dict.fromkeys(("out", "masks", "tokens", "slots", "fixed_masks", "chain_tokens"), "*i64")
 CHOICE |= dict.fromkeys(("log_probs", "chain_costs"), "*fp32")
 CHOICE |= dict.fromkeys(
@@ -148,6 +153,13 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
     "update without a bias": (
         sequential._add_update_kernel, UPDATE, {"SIZE": 576, "BLOCK": 1024, "bias": None}, 4
     ),
+    "float8 product": (float8._float8_product_kernel, PRODUCT, BLOCKS | NO_LAYER, 4),
+    "float8 product by warp groups": (
+        float8._float8_product_kernel, PRODUCT,
+        BLOCKS | NO_LAYER
+        | {"BLOCK_OUTPUTS": 128, "BLOCK_ROWS": 128, "SLICES": 1, "IS_EVEN": False}, 8,
+    ),
+    "float8 residual layer": (float8._float8_product_kernel, PRODUCT, BLOCKS, 4),
     "chosen tree": (
         tree_choice._best_tree_kernel, CHOICE,
         CHOSEN | dict.fromkeys(("chain_tokens", "chain_matches", "chain_costs")), 8,

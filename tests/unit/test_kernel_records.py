@@ -122,3 +122,32 @@ def test_rates_reached():
     found = reached(100.0, 20.0, num_bytes=1e8, flop=8e9, rates=rates)
     assert (found["gb_per_s"], found["copy_percent"], found["product_percent"]) == (1000, 50, 8)
     assert (found["roofline_percent"], found["roofline_percent_without_start"]) == (50, 62.5)
+
+
+def test_products_with_float8_weights(in_results):
+    from report_float8 import float8_product_section
+
+    rows = [
+        {"weight": [1, 32064, 4096], "rows": 4,
+         **{name: {"median": us} for name, us in (("float8", 65.67), ("torch", 100.0))}},
+        {"weight": [4, 4096, 4096], "rows": 1,
+         **{name: {"median": 30.0} for name in ("float8", "torch", "marlin", "scaled_mm")}},
+    ]  # fmt: skip
+    record = {"benchmark": "float8_product", "dtype": "bfloat16", "rows": rows}
+    lines = float8_product_section(write(in_results / "r.json", record)).splitlines()
+    assert "| 32064 x 4096 | 4 | 65.7 | 2.00 | 100.0 | - | - |" in lines
+    assert "| 4 of 4096 x 4096 | 1 | 30.0 | 2.24 | 30.0 | 30.0 | 30.0 |" in lines
+
+
+def test_heads_rounded_to_float8(in_results):
+    from report_float8 import float8_heads_section
+
+    row = {"nodes": 63, "unquantised": 2.5, "float8": 2.49, "ratio": 0.996,
+           "ratio_interval": [0.99, 1.001]}  # fmt: skip
+    record = {
+        "model": "M", "dtype": "float32", "num_questions": 80, "answer_tokens": 17145,
+        "draft_vocab_size": 12288, "heads": {"H": {"rows": [row]}},
+    }  # fmt: skip
+    text = float8_heads_section(write(in_results / "r.json", record))
+    assert "80 greedy answers to MT-Bench (17,145 tokens)" in text
+    assert "| H | 63 | 2.500 | 2.490 | 0.9960 (0.9900-1.0010) |" in text.splitlines()
