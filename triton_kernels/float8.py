@@ -29,12 +29,18 @@ def plan_for(num_outputs: int, size: int, num_rows: int) -> Plan:
     ``num_outputs`` counts those of all groups: they decide how many programs there are.
     """
     block_rows = min(max(triton.next_power_of_2(num_rows), 16), 128)
-    if block_rows >= 64:
-        return Plan(128, block_rows, 64, slices=1, num_warps=8, num_stages=4)
-    # Below 16,384 outputs programs of 32 would leave some of 132 multiprocessors without one.
-    block_outputs = 32 if num_outputs >= 16384 else 16
-    block_size = 128 if block_rows == 16 else 64
-    return Plan(block_outputs, block_rows, block_size, slices=4, num_warps=4, num_stages=4)
+    # Then programs are few, and each has more bytes in flight. Swept on an H100: 1.6 to 1.8 times
+    # as fast as cuBLAS in bfloat16 up to 32 rows, as fast at 64, three quarters of it beyond.
+    are_few = num_outputs <= 8192
+    if block_rows == 16:
+        return Plan(32, 16, 256, slices=1, num_warps=4, num_stages=6 if are_few else 4)
+    if block_rows == 32:
+        few, many = (32, 32, 256, 1, 4, 6), (64, 32, 128, 1, 4, 4)
+    elif block_rows == 64:
+        few, many = (64, 64, 256, 1, 4, 4), (64, 64, 128, 1, 4, 4)
+    else:
+        few, many = (64, 128, 64, 1, 4, 6), (128, 128, 64, 1, 8, 4)
+    return Plan(*(few if are_few else many))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
