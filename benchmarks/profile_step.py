@@ -33,7 +33,7 @@ from vllm_medusa.training.prompt_files import read_prompts
 
 # First match wins; the rest is "other" (norms, rotary embedding, activations, copies).
 KINDS = (
-    ("attention", r"tree_attention|tree_part|flash|FlashAttn|reshape_and_cache"),
+    ("attention", r"tree_attention|tree_part|join_splits|flash|FlashAttn|reshape_and_cache"),
     ("draw", r"gumbel"),
     ("walk", r"tree_walk|scatter_tree"),
     ("KV move", r"kv_compaction|compact|move_rows"),
