@@ -195,7 +195,7 @@ def tree_attention(
             num_reqs=num_reqs, num_kv_heads=num_kv_heads, group=num_heads // num_kv_heads,
             head_size=head_size, item_size=out.element_size(), max_query_len=max_query_len,
             max_seq_len=max_seq_len, num_multiprocessors=num_multiprocessors(q.device),
-            num_splits=num_splits,
+            num_tokens=num_tokens, num_splits=num_splits,
         )  # fmt: skip
     needed = workspace_elements(num_tokens, num_heads, head_size, plan.num_splits)
     if workspace is None:

@@ -75,6 +75,7 @@ def plan_attention(
     max_query_len: int,
     max_seq_len: int,
     num_multiprocessors: int,
+    num_tokens: int | None = None,
     num_splits: int | None = None,
 ) -> AttentionPlan:
     """Choose tiles and splits for a batch.
@@ -87,6 +88,8 @@ def plan_attention(
         KV heads, query heads per KV head, head size, bytes of a query element.
     num_multiprocessors : int
         Of the device.
+    num_tokens : int, optional
+        Rows of the batch, where requests may have fewer than ``max_query_len``.
     num_splits : int, optional
         Overrides the choice, down to one tile a split.
 
@@ -96,6 +99,10 @@ def plan_attention(
     make 4 tiles of 64, 32 programs; 264 // 32 = 8 splits put two programs on each.
     """
     pairs, num_stages = max_query_len * group, 2
+    # A graph of a mixed batch must take the widest tree, but 256 requests of two rows have 8 pairs
+    # each: in tiles of 256 they computed for longer than they read, 10 of a step's 33 ms.
+    mean_rows = max_query_len if num_tokens is None else ceil_div(num_tokens, max(1, num_reqs))
+    usual = min(pairs, mean_rows * group)
     padded_head = power_of_two_from(head_size)
     if item_size == 4:
         # fp32 products run on the FMA units and hold their operands in registers.
@@ -109,9 +116,9 @@ def plan_attention(
         # With enough programs and no split the more rows share a pass over the keys the better:
         # 64 rows a request, 32/8 heads, 227 against 267 us with 32 requests (256 pairs), 93.4
         # against 98.6 with 8 (128 pairs, on 128 of 132 multiprocessors).
-        if pairs > 128 and num_reqs * num_kv_heads * ceil_div(pairs, 256) >= num_multiprocessors:
+        if usual > 128 and num_reqs * num_kv_heads * ceil_div(usual, 256) >= num_multiprocessors:
             most_rows, num_warps = 256, 16
-        elif pairs > 64 and 10 * num_reqs * num_kv_heads * ceil_div(pairs, 128) >= (
+        elif usual > 64 and 10 * num_reqs * num_kv_heads * ceil_div(usual, 128) >= (
             9 * num_multiprocessors
         ):
             most_rows, num_warps = 128, 8

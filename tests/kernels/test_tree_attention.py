@@ -442,6 +442,18 @@ def test_plan_fills_the_device_and_stays_within_limits():
         plan_attention(num_reqs=1, max_seq_len=64, num_splits=0, **shape)
 
 
+def test_tiles_of_mixed_batches_fit_their_usual_tree():
+    """The widest has 64 rows; of 256 requests and 576 rows the usual one has 3, of 32 it has 18."""
+    shape = {"num_kv_heads": 8, "group": 4, "head_size": 128, "item_size": 2,
+             "max_query_len": 64, "max_seq_len": 2048, "num_multiprocessors": 132}  # fmt: skip
+    narrow = plan_attention(num_reqs=256, num_tokens=576, **shape)
+    assert (narrow.block_rows, narrow.row_tiles, narrow.num_splits) == (64, 4, 1)
+    middle = plan_attention(num_reqs=32, num_tokens=576, **shape)
+    assert (middle.block_rows, middle.row_tiles) == (128, 2)
+    wide = plan_attention(num_reqs=32, num_tokens=32 * 64, **shape)
+    assert wide == plan_attention(num_reqs=32, **shape) and wide.row_tiles == 1
+
+
 BAD_ARGUMENTS = [
     ("q", lambda a: a["q"].transpose(0, 1)),
     ("q", lambda a: a["q"].to(torch.int32)),
