@@ -204,27 +204,16 @@ def bench_peers(args: Namespace) -> list[dict[str, Any]]:
 
 def plans(num_rows: int) -> Iterator[Plan]:
     """Launches that may pay for so many rows."""
-    padded = min(max(2 ** (num_rows - 1).bit_length(), 8), 256)
-    sliced = itertools.product(
-        (16, 32, 64), {padded, max(padded, 16)}, (64, 128), (2, 4, 8), (3, 4, 6)
-    )
-    rows = {max(padded, 16), max(min(padded, 128), 16)}
-    whole = itertools.product((32, 64, 128), rows, (64, 128, 256), (4, 8), (3, 4, 6))
-    for outputs, rows, size, warps, stages in sliced:
-        yield from _possible(Plan(outputs, rows, size, warps, warps, stages))
-    for outputs, rows, size, warps, stages in whole:
-        yield from _possible(Plan(outputs, rows, size, 1, warps, stages))
-
-
-def _possible(plan: Plan) -> Iterator[Plan]:
-    """The plan, if it has registers and shared memory, and enough bytes in flight."""
-    columns = plan.block_size * plan.slices
-    in_flight = (plan.num_stages - 1) * plan.block_outputs * columns
-    shared = in_flight + (plan.num_stages - 1) * 2 * plan.block_rows * columns
-    # A warp adds up 64 x 64 sums in registers at most; those of slices are copies.
-    sums = plan.block_outputs * plan.block_rows * plan.slices
-    if sums <= 4096 * plan.num_warps and in_flight >= 12 << 10 and shared <= MOST_SHARED:
-        yield plan
+    padded = min(max(2 ** (num_rows - 1).bit_length(), 16), 256)
+    blocks = itertools.product((32, 64, 128), {padded, min(padded, 128)}, (64, 128, 256))
+    for (outputs, rows, size), warps, stages in itertools.product(blocks, (4, 8), (3, 4, 6)):
+        in_flight = (stages - 1) * outputs * size
+        shared = in_flight + (stages - 1) * 2 * rows * size
+        # A warp adds up 64 x 64 sums in registers at most.
+        fits = outputs * rows <= 4096 * warps and shared <= MOST_SHARED
+        # Fewer bytes in flight would not hide the memory's latency.
+        if fits and in_flight >= 12 << 10:
+            yield Plan(outputs, rows, size, warps, stages)
 
 
 def compile_plan(dtype: torch.dtype, plan: Plan) -> None:
@@ -285,7 +274,7 @@ def sweep(args: Namespace) -> list[dict[str, Any]]:
             if time.monotonic() > args.deadline:
                 return rows
             arguments = make_arguments(weights, num_rows)
-            want, chosen = arguments.twin(), plan_for(shape[0] * shape[1], shape[2], num_rows)
+            want, chosen = arguments.twin(), plan_for(shape[0] * shape[1], num_rows)
             entries = [
                 {"chosen": plan == chosen} | time_plan(arguments, plan, want, args.repeats)
                 for plan in dict.fromkeys([chosen, *plans(num_rows)])

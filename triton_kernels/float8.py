@@ -17,14 +17,13 @@ class Plan(NamedTuple):
 
     block_outputs: int  # rows of the weight for each program, at least 16
     block_rows: int  # rows of the inputs for each program, at least 16
-    block_size: int  # columns of a slice for each turn of the program's loop, at least 32
-    slices: int  # of columns that a turn takes: 1, or one for each warp
+    block_size: int  # columns of both for each turn of the program's loop, at least 32
     num_warps: int
     num_stages: int  # turns whose loads are in flight
 
 
-def plan_for(num_outputs: int, size: int, num_rows: int) -> Plan:
-    """The launch of a product of ``num_rows`` rows of ``size`` with ``num_outputs`` of the weight.
+def plan_for(num_outputs: int, num_rows: int) -> Plan:
+    """The launch of a product of ``num_rows`` rows of inputs with ``num_outputs`` of the weight.
 
     ``num_outputs`` counts those of all groups: they decide how many programs there are.
     """
@@ -33,13 +32,13 @@ def plan_for(num_outputs: int, size: int, num_rows: int) -> Plan:
     # as fast as cuBLAS in bfloat16 up to 32 rows, as fast at 64, three quarters of it beyond.
     are_few = num_outputs <= 8192
     if block_rows == 16:
-        return Plan(32, 16, 256, slices=1, num_warps=4, num_stages=6 if are_few else 4)
+        return Plan(32, 16, 256, num_warps=4, num_stages=6 if are_few else 4)
     if block_rows == 32:
-        few, many = (32, 32, 256, 1, 4, 6), (64, 32, 128, 1, 4, 4)
+        few, many = (32, 32, 256, 4, 6), (64, 32, 128, 4, 4)
     elif block_rows == 64:
-        few, many = (64, 64, 256, 1, 4, 4), (64, 64, 128, 1, 4, 4)
+        few, many = (64, 64, 256, 4, 4), (64, 64, 128, 4, 4)
     else:
-        few, many = (64, 128, 64, 1, 4, 6), (128, 128, 64, 1, 8, 4)
+        few, many = (64, 128, 64, 4, 6), (128, 128, 64, 8, 4)
     return Plan(*(few if are_few else many))
 
 
@@ -63,14 +62,12 @@ def _float8_product_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SLICES: tl.constexpr,
-    IS_EVEN: tl.constexpr,  # whether all slices are whole in every turn
+    IS_EVEN: tl.constexpr,  # whether BLOCK_SIZE divides `size`
 ):
     """Grid: (row blocks * output blocks, G). One program owns a block of a group's outputs.
 
     Row blocks are neighbours, so that all but the first find their weights in the L2 cache. The
-    weight is the product's left operand: few rows of inputs fill a narrow right one. With SLICES
-    each turn takes so many blocks of columns side by side, and every warp multiplies its own.
+    weight is the product's left operand: few rows of inputs fill a narrow right one.
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     block, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -79,35 +76,24 @@ def _float8_product_kernel(
     is_row, is_output = rows < num_rows, outputs < num_outputs
     # Outputs behind the last read the last one's weights: no mask is needed there.
     weight_rows = group * num_outputs + tl.minimum(outputs, num_outputs - 1)
-    starts = group * inputs_group_stride + rows.to(tl.int64) * inputs_stride
     columns = tl.arange(0, BLOCK_SIZE)
-    if SLICES == 1:
-        weight_columns, input_columns, is_row_there = columns[None], columns[:, None], is_row[None]
-        weights = weight + weight_rows[:, None] * size + weight_columns
-        sources = inputs + starts[None] + input_columns
-        total = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
-    else:
-        places = tl.arange(0, SLICES)[:, None] * BLOCK_SIZE + columns[None]
-        weight_columns, input_columns = places[:, None], places[:, :, None]
-        is_row_there = is_row[None, None]
-        weights = weight + weight_rows[None, :, None] * size + weight_columns
-        sources = inputs + starts[None, None] + input_columns
-        total = tl.zeros([SLICES, BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
-    for start in range(0, size, SLICES * BLOCK_SIZE):
+    weights = weight + weight_rows[:, None] * size + columns[None, :]
+    sources = inputs + group * inputs_group_stride + rows.to(tl.int64)[None, :] * inputs_stride
+    sources += columns[:, None]
+    total = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
+    for start in range(0, size, BLOCK_SIZE):
         if IS_EVEN:
             tile = tl.load(weights)
-            values = tl.load(sources, mask=is_row_there, other=0.0)
+            values = tl.load(sources, mask=is_row[None, :], other=0.0)
         else:
-            tile = tl.load(weights, mask=weight_columns < size - start, other=0.0)
-            is_value = (input_columns < size - start) & is_row_there
-            values = tl.load(sources, mask=is_value, other=0.0)
+            is_column = columns < size - start
+            tile = tl.load(weights, mask=is_column[None, :], other=0.0)
+            values = tl.load(sources, mask=is_column[:, None] & is_row[None, :], other=0.0)
         # By float32: straight to bfloat16 Triton converts at a quarter of the rate.
         tile = tile.to(tl.float32).to(values.dtype)
         total = tl.dot(tile, values, total, input_precision="ieee")
-        weights += SLICES * BLOCK_SIZE
-        sources += SLICES * BLOCK_SIZE
-    if SLICES > 1:
-        total = tl.sum(total, 0)
+        weights += BLOCK_SIZE
+        sources += BLOCK_SIZE
     total *= tl.load(scale + weight_rows)[:, None]
     if bias is not None:
         total += tl.load(bias + weight_rows).to(tl.float32)[:, None]
@@ -164,14 +150,14 @@ def float8_product(
     (num_groups, num_outputs, size), num_rows = weight.shape, inputs.shape[1]
     if out.numel() == 0:
         return
-    plan = plan or plan_for(num_groups * num_outputs, size, num_rows)
+    plan = plan or plan_for(num_groups * num_outputs, num_rows)
     blocks = triton.cdiv(num_rows, plan.block_rows) * triton.cdiv(num_outputs, plan.block_outputs)
     _float8_product_kernel[(blocks, num_groups)](
         out, inputs, weight, scale, states, bias,
         *_strides(out), *_strides(inputs), *((0, 0) if states is None else _strides(states)),
         num_rows, num_outputs, size,
         BLOCK_OUTPUTS=plan.block_outputs, BLOCK_ROWS=plan.block_rows, BLOCK_SIZE=plan.block_size,
-        SLICES=plan.slices, IS_EVEN=size % (plan.slices * plan.block_size) == 0,
+        IS_EVEN=size % plan.block_size == 0,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
 

@@ -86,7 +86,7 @@ PATHS |= dict.fromkeys(("tokens", "root_tokens", "paths"), "*i64")
 UPDATE = dict.fromkeys(("out", "states", "update", "bias"), "*bf16")
 PRODUCT = dict.fromkeys(("out", "inputs", "states", "bias"), "*bf16")
 PRODUCT |= {"weight": "*fp8e4nv", "scale": "*fp32"}
-BLOCKS = {"BLOCK_OUTPUTS": 32, "BLOCK_ROWS": 16, "BLOCK_SIZE": 128, "SLICES": 4, "IS_EVEN": True}
+BLOCKS = {"BLOCK_OUTPUTS": 32, "BLOCK_ROWS": 16, "BLOCK_SIZE": 128, "IS_EVEN": True}
 NO_LAYER = {"states": None, "bias": None}
 CHOICE = dict.fromkeys(("out", "masks", "tokens", "slots", "fixed_masks", "chain_tokens"), "*i64")
 CHOICE |= dict.fromkeys(("log_probs", "chain_costs"), "*fp32")
@@ -156,8 +156,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
     "float8 product": (float8._float8_product_kernel, PRODUCT, BLOCKS | NO_LAYER, 4),
     "float8 product by warp groups": (
         float8._float8_product_kernel, PRODUCT,
-        BLOCKS | NO_LAYER
-        | {"BLOCK_OUTPUTS": 128, "BLOCK_ROWS": 128, "SLICES": 1, "IS_EVEN": False}, 8,
+        BLOCKS | NO_LAYER | {"BLOCK_OUTPUTS": 128, "BLOCK_ROWS": 128, "IS_EVEN": False}, 8,
     ),
     "float8 residual layer": (float8._float8_product_kernel, PRODUCT, BLOCKS, 4),
     "chosen tree": (
