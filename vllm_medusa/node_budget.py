@@ -10,17 +10,23 @@ from vllm_medusa.served_costs import ServedCosts
 
 # Calibration's answers and the served ones differ. Shipped heads, MT-Bench: depth 1 is
 # accepted in 0.9 of the calibrated share.
-PRIOR_SHARE = 0.9
+PRIOR_LEVEL = 0.9
 # The prior counts as much as this many steps of one request, and so does what the other widths
 # tell about a width.
-PRIOR_STEPS = 64
+PRIOR_STEPS = 128
 # What is chosen at every step, histories taken in, accepts more of calibration's promise the wider
 # it is. Shipped heads, 8B shape, MT-Bench: 1.19, 1.29, 1.28 and 1.43 of it with 3, 7, 15 to 31 and
 # 63 nodes, which is about this much and this much more for every doubling of the rows.
 LOOKUP_SHARE = 1.12
 LOOKUP_SHARE_OF_DOUBLING = 0.05
-# A step's evidence halves after about 1400 request-steps: some seconds of a busy server.
+# What traffic accepts just now is that of about 512 request-steps: four seconds of one request, a
+# step or some of many. What is known of a width halves after about 1400 request-steps of evidence.
+LEVEL_DECAY = 1 - 1 / 512
 DECAY = 1 - 1 / 2048
+# Traffic may change with the width, so that no change of it tells much: it counts for so many
+# request-steps, and for a factor of two, at most.
+MOST_EVIDENCE = 32
+MOST_CHANGE = 2.0
 # Kept at every look at the prices, 32 steps apart.
 RELAXATION = 0.99
 # Another budget must promise this much more to be worth a change of graphs.
@@ -38,33 +44,42 @@ BOLDNESS = 1.0
 
 
 class Evidence:
-    """Steps of one width and the tokens that they accepted, the older the lighter."""
+    """A width's share of the level, as comparisons saw it, the older the lighter."""
 
     def __init__(self) -> None:
-        self.steps = self.accepted = 0.0
+        self.steps = self._sum = 0.0
 
-    def add(self, accepted: int) -> None:
-        """One more step."""
-        self.steps = DECAY * self.steps + 1
-        self.accepted = DECAY * self.accepted + accepted
+    def add(self, steps: float, ratio: float) -> None:
+        """One more comparison, which counts for so many request-steps."""
+        kept = DECAY**steps
+        self.steps = kept * self.steps + steps
+        self._sum = kept * self._sum + steps * ratio
 
     def relax(self) -> None:
         """Forget a little."""
         self.steps *= RELAXATION
-        self.accepted *= RELAXATION
+        self._sum *= RELAXATION
 
     @property
     def weight(self) -> float:
         """Against the prior, 0 to 1."""
         return self.steps / (self.steps + PRIOR_STEPS)
 
+    @property
+    def ratio(self) -> float:
+        """Their mean; 1 before there was any."""
+        return self._sum / self.steps if self.steps > 0 else 1.0
+
 
 class NodeBudget:
     """Chooses the nodes of a step for which tokens per second are highest.
 
-    What a step of a width accepts is estimated from that width's own steps, from the share of
-    calibration's promises that near widths kept, and from a prior, in this order of weight.  A
-    share may be more than 1: a request's history proposes too where prompt lookup is on.
+    What a step of a width accepts is what calibration promised of it, times the level that traffic
+    keeps of such promises just now, whatever width runs, times the width's own share of that.
+    Texts differ more than widths do: one that happened to run while an answer repeated itself is
+    no better for it.  So a width is compared with the level of the others just before it ran, near
+    widths tell about those that have not run, and a width that runs alone says nothing of itself.
+    Level and shares may be more than 1: histories propose too where prompt lookup is on.
 
     Parameters
     ----------
@@ -105,47 +120,99 @@ class NodeBudget:
         self.choices = sorted(n for n in set(choices) if n < len(self.promised))
         self.depths = range(len(self.promised)) if depths is None else depths
         self._evidence: dict[int, Evidence] = {}
+        # nodes -> request-steps and accepted tokens lately, the older the lighter; and those that
+        # were not looked at yet
+        self._lately: dict[int, list[float]] = {}
+        self._pending: dict[int, list[int]] = {}
 
     @property
     def share(self) -> float:
-        """Of the promised accepted tokens, those that came; over all widths."""
-        return self._share(dict.fromkeys(self._evidence, 1.0))
+        """Of the promised accepted tokens, those that come just now."""
+        self._settle()
+        return self._level()[0]
 
-    def _share(self, weights: dict[int, float]) -> float:
-        accepted, expected = PRIOR_SHARE * PRIOR_STEPS, float(PRIOR_STEPS)
-        for nodes, weight in weights.items():
-            own = self._evidence[nodes]
-            accepted += weight * own.accepted
-            expected += weight * own.steps * self.promised[nodes]
-        return accepted / expected
+    def _level(self, leave_out: int | None = None) -> tuple[float, float]:
+        """What traffic keeps of promises just now, and the request-steps that say so."""
+        steps = accepted = expected = 0.0
+        for nodes, (own_steps, own_accepted) in self._lately.items():
+            if nodes != leave_out:
+                steps += own_steps
+                accepted += own_accepted
+                expected += own_steps * self.promised[nodes] * self._relative(nodes)
+        known = min(1.0, steps / PRIOR_STEPS)
+        ratio = accepted / expected if expected > 0 else PRIOR_LEVEL
+        return known * ratio + (1 - known) * PRIOR_LEVEL, steps
+
+    def _relative(self, nodes: int) -> float:
+        """A width's own share of the level, as far as is known."""
+        # A width of twice or half the rows counts half.
+        near, own = [(1.0, PRIOR_STEPS)], self._evidence.get(nodes)
+        for other, evidence in self._evidence.items():
+            if other != nodes:
+                nearness = min(nodes + 1, other + 1) / max(nodes + 1, other + 1)
+                near.append((evidence.ratio, nearness * evidence.steps))
+        told = sum(ratio * weight for ratio, weight in near) / sum(weight for _, weight in near)
+        return told if own is None else told + own.weight * (own.ratio - told)
+
+    def _known(self, nodes: int) -> float:
+        """How much of what is said of a width is its own steps', 0 to 1."""
+        # The level itself, where it is this width's.
+        lately = self._lately.get(nodes, (0.0, 0.0))[0]
+        return max(self._evidence[nodes].weight, lately / (lately + PRIOR_STEPS))
+
+    def _settle(self) -> None:
+        """Learn from what was observed since the last time."""
+        for nodes, (steps, accepted) in self._pending.items():
+            level, others = self._level(leave_out=nodes)
+            mine = self._lately.setdefault(nodes, [0.0, 0.0])
+            evidence = self._evidence.setdefault(nodes, Evidence())
+            expected = steps * level * self.promised[nodes] * self._relative(nodes)
+            if others > 0 and expected > 0:
+                # The more the level is this width's own, the less it can be measured by it.
+                weight = min(steps, MOST_EVIDENCE) * others / (others + mine[0])
+                # Half of what differs is this width's, half the others': where it is the traffic
+                # that has changed, the change back to them takes both away again.
+                part = min(max(accepted / expected, 1 / MOST_CHANGE), MOST_CHANGE) ** 0.5
+                shares = {n: own[0] / others for n, own in self._lately.items() if n != nodes}
+                known = {n: self._relative(n) for n in (nodes, *shares)}
+                evidence.add(weight, known[nodes] * part)
+                for other, share in shares.items():
+                    self._evidence[other].add(share * weight, known[other] / part)
+            kept = LEVEL_DECAY**steps
+            for entry in self._lately.values():
+                entry[:] = [kept * number for number in entry]
+            share = (1 - kept) / (1 - LEVEL_DECAY) / steps
+            mine[0] += share * steps
+            mine[1] += share * accepted
+        self._pending.clear()
 
     def accepted(self, nodes: int) -> float:
         """Tokens that a request's step accepts of so many nodes, as far as is known."""
         if nodes == 0:
             return 0.0
-        # A width of twice or half the rows counts half.
-        near = {
-            other: min(nodes + 1, other + 1) / max(nodes + 1, other + 1) for other in self._evidence
-        }
-        told = self._share(near) * self.promised[nodes]
-        own = self._evidence.get(nodes)
-        if own is not None:
-            told += own.weight * (own.accepted / own.steps - told) if own.steps > 0 else 0.0
-        return min(told, float(self.depths[nodes]))
+        self._settle()
+        level, _ = self._level()
+        expected = level * self._relative(nodes) * self.promised[nodes]
+        return min(expected, float(self.depths[nodes]))
 
     def observe(self, nodes: int, accepted: int) -> None:
         """Learn from one request's step: nodes verified, tokens accepted beside the root's."""
         if 0 < nodes < len(self.promised):
-            self._evidence.setdefault(nodes, Evidence()).add(accepted)
+            pending = self._pending.setdefault(nodes, [0, 0])
+            pending[0] += 1
+            pending[1] += accepted
 
     def relax(self) -> None:
         """Forget a little: plain steps bring no evidence, so a tree is tried again at last.
 
         Without evidence the prior weighs as much again after some 380 calls.
         """
+        self._settle()
         self.costs.relax()
         for own in self._evidence.values():
             own.relax()
+        for entry in self._lately.values():
+            entry[:] = [RELAXATION * number for number in entry]
 
     def rate(
         self,
@@ -182,7 +249,8 @@ class NodeBudget:
 
         None where nothing was measured for a batch of this size.
         """
-        known = {n: own.weight for n, own in self._evidence.items()}
+        self._settle()
+        known = {n: self._known(n) for n in self._evidence}
         timed = {n: self.costs.weight(n + 1, requests) for n in self.choices}
         # Nothing is known of any width at the start: no reason to prefer one.
         most = 1.0 if bold else max(known.values(), default=0.0)

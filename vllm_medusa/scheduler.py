@@ -23,6 +23,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 # Steps between two looks at the nodes' price; 32 are a quarter of a second of an 8B model.
 STEPS_PER_LOOK = 32
+# Of prompts in a step that counts as one of its width. Longer ones cost alike under all widths.
+MOST_ROWS_BESIDE = 256
 
 
 class TreeSchedulerMixin:
@@ -181,17 +183,25 @@ class TreeSchedulerMixin:
                 request_id: len(tokens) - self._depth(request_id, len(tokens))
                 for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
             }
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if not self.running:
+            self._clock.stop()
+        return outputs
 
     def _time_step(self, scheduler_output: SchedulerOutput) -> None:
-        """Tell the budget how long the step took, if all its requests had as many rows."""
+        """Tell the budget how long a step of its width took, short prompts beside it included."""
+        seconds = self._clock.tick()
         requests = len(scheduler_output.num_scheduled_tokens)
-        total = scheduler_output.total_num_scheduled_tokens
-        rows, odd = divmod(total, max(1, requests))
-        trees = requests if rows > 1 else 0
-        is_uniform = not odd and len(scheduler_output.scheduled_spec_decode_tokens) == trees
-        seconds = self._clock.tick((rows, requests) if rows and is_uniform else None)
-        if seconds is not None:
+        trees = scheduler_output.scheduled_spec_decode_tokens
+        if trees:
+            rows = 1 + len(next(iter(trees.values())))
+            decoding = len(trees)
+        elif scheduler_output.num_spec_tokens_to_schedule == 0:
+            rows, decoding = 1, requests
+        else:
+            return  # prompts before their first tree
+        beside = scheduler_output.total_num_scheduled_tokens - rows * decoding
+        if seconds is not None and requests and 0 <= beside <= MOST_ROWS_BESIDE:
             self._budget.costs.observe(rows, requests, self._context, seconds)
 
     def make_spec_decoding_stats(

@@ -61,8 +61,8 @@ def test_a_width_that_does_not_run_falls_back_to_the_others():
     assert costs.of(4, 1, 0) < 1.4 and costs.of(8, 1, 0) == pytest.approx(1.0, rel=0.05)
 
 
-def test_only_steps_of_one_kind_in_a_row_have_a_time():
+def test_a_step_lasts_from_output_to_output_unless_nothing_ran():
     clock = StepClock()
-    kinds = [(4, 1), (4, 1), (8, 1), (8, 1), None, None, (8, 1), (8, 1)]
-    times = [clock.tick(kind, float(now * now)) for now, kind in enumerate(kinds)]
-    assert times == [None, 1.0, None, 5.0, None, None, None, 13.0]
+    assert [clock.tick(now) for now in (1.0, 1.5, 3.5)] == [None, 0.5, 2.0]
+    clock.stop()
+    assert [clock.tick(now) for now in (9.0, 9.25)] == [None, 0.25]
