@@ -194,8 +194,8 @@ class TreeSchedulerMixin:
         requests = len(scheduler_output.num_scheduled_tokens)
         trees = scheduler_output.scheduled_spec_decode_tokens
         if trees:
-            rows = 1 + len(next(iter(trees.values())))
-            decoding = len(trees)
+            # Fewer rows beside them are a request's own budget: not a step of this width.
+            rows, decoding = 1 + max(map(len, trees.values())), len(trees)
         elif scheduler_output.num_spec_tokens_to_schedule == 0:
             rows, decoding = 1, requests
         else:
