@@ -124,11 +124,12 @@ class NodeBudget:
         # were not looked at yet
         self._lately: dict[int, list[float]] = {}
         self._pending: dict[int, list[int]] = {}
+        # nodes -> accepted tokens, until the next look: batches of many sizes are priced by it
+        self._accepted: dict[int, float] = {}
 
     @property
     def share(self) -> float:
-        """Of the promised accepted tokens, those that come just now."""
-        self._settle()
+        """Of the promised accepted tokens, those that come just now, as of the last look."""
         return self._level()[0]
 
     def _level(self, leave_out: int | None = None) -> tuple[float, float]:
@@ -160,7 +161,7 @@ class NodeBudget:
         lately = self._lately.get(nodes, (0.0, 0.0))[0]
         return max(self._evidence[nodes].weight, lately / (lately + PRIOR_STEPS))
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Learn from what was observed since the last time."""
         for nodes, (steps, accepted) in self._pending.items():
             level, others = self._level(leave_out=nodes)
@@ -185,15 +186,14 @@ class NodeBudget:
             mine[0] += share * steps
             mine[1] += share * accepted
         self._pending.clear()
+        self._accepted.clear()
 
     def accepted(self, nodes: int) -> float:
         """Tokens that a request's step accepts of so many nodes, as far as is known."""
-        if nodes == 0:
-            return 0.0
-        self._settle()
-        level, _ = self._level()
-        expected = level * self._relative(nodes) * self.promised[nodes]
-        return min(expected, float(self.depths[nodes]))
+        if nodes not in self._accepted:
+            expected = self._level()[0] * self._relative(nodes) * self.promised[nodes]
+            self._accepted[nodes] = min(expected, float(self.depths[nodes]))
+        return self._accepted[nodes]
 
     def observe(self, nodes: int, accepted: int) -> None:
         """Learn from one request's step: nodes verified, tokens accepted beside the root's."""
@@ -202,17 +202,19 @@ class NodeBudget:
             pending[0] += 1
             pending[1] += accepted
 
-    def relax(self) -> None:
-        """Forget a little: plain steps bring no evidence, so a tree is tried again at last.
+    def look(self) -> None:
+        """Learn from what was observed, and forget a little.
 
-        Without evidence the prior weighs as much again after some 380 calls.
+        Plain steps bring no evidence, so a tree is tried again at last: without any the prior
+        weighs as much again after some 380 looks.
         """
-        self._settle()
+        self.settle()
         self.costs.relax()
         for own in self._evidence.values():
             own.relax()
         for entry in self._lately.values():
             entry[:] = [RELAXATION * number for number in entry]
+        self._accepted.clear()
 
     def rate(
         self,
@@ -249,7 +251,6 @@ class NodeBudget:
 
         None where nothing was measured for a batch of this size.
         """
-        self._settle()
         known = {n: self._known(n) for n in self._evidence}
         timed = {n: self.costs.weight(n + 1, requests) for n in self.choices}
         # Nothing is known of any width at the start: no reason to prefer one.
@@ -304,5 +305,5 @@ class PricedLookup:
         """Forget prices; ``context`` is the running requests' mean, in tokens."""
         self.context = context
         self._looks += 1
-        self.budget.relax()
+        self.budget.look()
         self._is_priced = [False] * len(self._nodes)
