@@ -252,20 +252,16 @@ def usable_heads(options: MedusaOptions, spec: HeadSpec, parallel_config: Any) -
 
 
 def check_attention(options: MedusaOptions) -> None:
-    """Refuse xformers' tree attention where it cannot run or sees one tree where there are many."""
+    """Refuse xformers' tree attention where it cannot run."""
     if options.attention == ATTENTIONS[0]:
         return
-    reason = None
     if not current_platform.is_cuda():
         reason = "its kernels need an NVIDIA GPU"
     elif find_spec("xformers") is None:
         reason = "it is not installed; pip install vllm-medusa[xformers]"
-    elif options.dynamic_tree:
-        reason = f"it knows one tree for a whole batch, tree={DYNAMIC_TREE!r} makes many"
-    if reason is not None:
-        raise ValueError(
-            f"medusa: attention={options.attention!r}: {reason}; or leave attention out"
-        )
+    else:
+        return
+    raise ValueError(f"medusa: attention={options.attention!r}: {reason}; or leave attention out")
 
 
 def resolve_tree(

@@ -179,21 +179,16 @@ def test_the_kernel_needs_no_compiled_xformers(device):
 
 
 @pytest.mark.parametrize(
-    ("is_cuda", "installed", "tree", "reason"),
-    [
-        (False, True, None, "NVIDIA GPU"),
-        (True, False, None, r"pip install vllm-medusa\[xformers\]"),
-        (True, True, "dynamic", "one tree for a whole batch"),
-    ],
+    ("is_cuda", "installed", "reason"),
+    [(False, True, "NVIDIA GPU"), (True, False, r"pip install vllm-medusa\[xformers\]")],
 )
-def test_refused_where_it_cannot_work(monkeypatch, is_cuda, installed, tree, reason):
+def test_refused_where_it_cannot_work(monkeypatch, is_cuda, installed, reason):
     platform = SimpleNamespace(is_cuda=lambda: is_cuda)
     monkeypatch.setattr(start_choices, "current_platform", platform)
     monkeypatch.setattr(start_choices, "find_spec", lambda _: object() if installed else None)
-    options = MedusaOptions("heads", attention="xformers", tree=tree)
+    options = MedusaOptions("heads", attention="xformers")
     with pytest.raises(ValueError, match=f"attention='xformers': .*{reason}"):
         check_attention(options)
-    check_attention(MedusaOptions("heads", tree=tree))
     check_attention(MedusaOptions("heads", attention="triton"))
 
 
