@@ -78,6 +78,8 @@ def test_mixed_batches_equal_plain_vllm_and_the_launches(tiny, run_job, tree):
     assert any(0 < step["with drafts"] < step["requests"] for step in steps)
 
 
+# 25 s each; which requests these are is tested without an engine, too (test_graph_requests.py).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
