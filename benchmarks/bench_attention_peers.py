@@ -11,11 +11,8 @@ peer that cannot be captured and is timed launch by launch, is recorded with the
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 import torch
 from attention_shapes import BLOCK_SIZE, MODELS, Shape, make_arguments, work_of
@@ -27,10 +24,9 @@ from bench_tree_attention import (
     print_failures,
     print_header,
     print_row,
-    reason_of,
 )
 from records import write_record
-from timing import parse_on_gpu, sweep_parser
+from timing import compile_in_pool, parse_on_gpu, reason_of, sweep_parser
 
 SHAPES = [
     Shape(batch, context, rows, *model)
@@ -67,12 +63,7 @@ def compile_shape(shape: Shape) -> None:
 def compile_all(processes: int) -> None:
     """Fill Triton's cache."""
     small = [shape for shape in SHAPES if work_of(shape)[0] <= MOST_BYTES_TO_COMPILE]
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            list(pool.map(compile_shape, small))
-    except BrokenProcessPool as problem:  # what is missing is compiled where it is timed
-        print(problem, flush=True)
+    compile_in_pool(compile_shape, small, processes)
 
 
 def main() -> None:

@@ -15,18 +15,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import multiprocessing
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from records import write_record
-from timing import capture, parse_on_gpu, start_us, sweep_parser, time_gpu, time_in_turns
+from timing import (
+    capture,
+    compile_in_pool,
+    parse_on_gpu,
+    reason_of,
+    start_us,
+    sweep_parser,
+    time_gpu,
+    time_in_turns,
+)
 from torch.nn import functional
 
 from vllm_medusa.draft_weights import to_float8_rows
@@ -151,11 +157,6 @@ def scaled_mm(arguments: Arguments) -> Callable[[], list[torch.Tensor]]:
 PEERS = {"torch": torch_product, "marlin": marlin, "scaled_mm": scaled_mm}
 
 
-def reason_of(problem: Exception) -> str:
-    """An error in one short line."""
-    return f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-
-
 def bench_shape(arguments: Arguments, repeats: int) -> dict[str, Any]:
     """Microseconds and errors of all contenders, or the reason for none."""
     want = arguments.twin()
@@ -224,16 +225,6 @@ def compile_plan(dtype: torch.dtype, plan: Plan) -> None:
         torch.cuda.synchronize()
 
 
-def compile_plans(args: Namespace, found: list[Plan]) -> None:
-    """Fill Triton's cache."""
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-            list(pool.map(partial(compile_plan, args.dtype), found))
-    except BrokenProcessPool as problem:  # what is missing is compiled where it is timed
-        print(problem, flush=True)
-
-
 def time_plan(arguments: Arguments, plan: Plan, want: torch.Tensor, repeats: int) -> dict[str, Any]:
     """Microseconds of a plan, or the reason for none."""
     entry = {"plan": plan._asdict()}
@@ -265,7 +256,8 @@ def sweep(args: Namespace) -> list[dict[str, Any]]:
     """Plans of all shapes, best first, until the time is over."""
     counts = QUICK_ROWS if args.quick else ROWS
     begin = time.monotonic()
-    compile_plans(args, list(dict.fromkeys(plan for count in counts for plan in plans(count))))
+    wanted = dict.fromkeys(plan for count in counts for plan in plans(count))
+    compile_in_pool(partial(compile_plan, args.dtype), wanted, args.processes)
     print(f"{time.monotonic() - begin:.0f} s: compiled", flush=True)
     rows = []
     for shape in WEIGHTS:

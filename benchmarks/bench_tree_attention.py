@@ -35,7 +35,14 @@ from attention_shapes import (
     work_of,
 )
 from records import write_record
-from timing import capture, kernel_benchmark_parser, parse_on_gpu, start_us, time_in_turns
+from timing import (
+    capture,
+    kernel_benchmark_parser,
+    parse_on_gpu,
+    reason_of,
+    start_us,
+    time_in_turns,
+)
 
 from vllm_medusa.triton_kernels.attention_plan import ceil_div, workspace_elements
 
@@ -98,11 +105,6 @@ class Prepared(NamedTuple):
     entry: dict[str, Any]
     run: Callable[[], object] | None = None
     kept: Callable[[], object] | None = None
-
-
-def reason_of(problem: Exception) -> str:
-    """An exception's first line."""
-    return f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
 
 
 def prepare(make: Callable, arguments: dict[str, Any], want: torch.Tensor) -> Prepared:

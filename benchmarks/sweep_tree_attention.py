@@ -25,7 +25,7 @@ from attention_calls import chosen_plan, with_plan
 from attention_peers import flash_attention
 from attention_shapes import MODELS, TOLERANCE, Shape, floor_us, make_arguments, twin_output
 from records import write_record
-from timing import parse_on_gpu, start_us, sweep_parser, time_gpu
+from timing import parse_on_gpu, reason_of, start_us, sweep_parser, time_gpu
 
 from vllm_medusa.triton_kernels import attention_kernels
 from vllm_medusa.triton_kernels.attention import num_multiprocessors
@@ -108,7 +108,7 @@ def compile_plan(shape: Shape, plan: AttentionPlan) -> dict[str, Any]:
         with_plan(plan, _arguments(shape))()
         torch.cuda.synchronize()
     except Exception as problem:
-        return {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
+        return {"failed": reason_of(problem)}
     kernel = list(attention_kernels.tree_attention_kernel.device_caches[0][0].values())[-1]
     return {
         "registers": kernel.n_regs, "spills": kernel.n_spills, "shared": kernel.metadata.shared
@@ -142,7 +142,7 @@ def time_plan(
             return entry | {"failed": f"wrong by {error}"}
         return entry | time_gpu(run, repeats=repeats, warmup=2).as_dict()
     except Exception as problem:
-        return entry | {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
+        return entry | {"failed": reason_of(problem)}
 
 
 def time_plans(

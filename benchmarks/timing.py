@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,6 +135,21 @@ def sweep_parser(description: str, *, seconds: int, processes: int) -> argparse.
     parser.add_argument("--seconds", type=int, default=seconds, help="when to leave the rest out")
     parser.add_argument("--processes", type=int, default=processes, help="that compile")
     return parser
+
+
+def compile_in_pool(compile_one: Callable[[Any], None], work: Iterable, processes: int) -> None:
+    """Fill Triton's cache: one call for each piece of work, in so many processes."""
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            list(pool.map(compile_one, work))
+    except BrokenProcessPool as problem:  # what is missing is compiled where it is timed
+        print(problem, flush=True)
+
+
+def reason_of(problem: Exception) -> str:
+    """An exception's first line."""
+    return f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
 
 
 def parse_on_gpu(parser: argparse.ArgumentParser) -> argparse.Namespace:

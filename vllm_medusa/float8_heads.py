@@ -9,6 +9,7 @@ from torch import nn
 
 from vllm_medusa.draft_weights import Float8Weight, frozen
 from vllm_medusa.head_weights import HeadWeights
+from vllm_medusa.heads import shared_logits
 
 
 class Float8Heads(nn.Module):
@@ -68,16 +69,7 @@ class Float8Heads(nn.Module):
         states = states.expand(self.spec.num_heads, -1, -1)
         if self.lm_head is not None:
             return self._own_logits(states)
-        if apply_lm_head is None:
-            raise ValueError(
-                "apply_lm_head: found None, but these heads have no lm_head of their own; pass a "
-                "callable that applies the base's"
-            )
-        rows = states.transpose(0, 1)
-        logits = apply_lm_head(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
-        if self.token_map is None:
-            return logits
-        return logits.gather(2, self.token_map.expand(*logits.shape[:2], -1))
+        return shared_logits(states, apply_lm_head, self.token_map)
 
     def _own_logits(self, states: torch.Tensor) -> torch.Tensor:
         # [num_heads, n, hidden_size] -> [n, num_heads, output_size]

@@ -229,16 +229,8 @@ class MedusaHeads(nn.Module):
         """Return logits [num_tokens, num_heads, output_size] in the heads' vocabulary."""
         if self.lm_head is not None:
             return self._own_logits(self.forward_hidden(hidden, path_embeddings))
-        if apply_lm_head is None:
-            raise ValueError(
-                "apply_lm_head: found None, but these heads have no lm_head of their own; pass a "
-                "callable that applies the base's"
-            )
-        states = self.forward_hidden(hidden, path_embeddings).transpose(0, 1)
-        logits = apply_lm_head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        if self.token_map is None:
-            return logits
-        return logits.gather(2, self.token_map.expand(*logits.shape[:2], -1))
+        states = self.forward_hidden(hidden, path_embeddings)
+        return shared_logits(states, apply_lm_head, self.token_map)
 
     def _own_logits(self, states: torch.Tensor) -> torch.Tensor:
         if self.lm_head_down is not None:
@@ -260,3 +252,29 @@ def _apply_lm_head(
     if lm_head.shape[0] == 1:
         return functional.linear(states.transpose(0, 1), lm_head[0])
     return torch.bmm(states, lm_head.transpose(1, 2)).transpose(0, 1)
+
+
+def base_logits(
+    states: torch.Tensor,  # [m, hidden_size]
+    apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
+    """The base's logits [m, vocab_size] for heads that have no lm_head; refused without a base."""
+    if apply_lm_head is None:
+        raise ValueError(
+            "apply_lm_head: found None, but these heads have no lm_head of their own; pass a "
+            "callable that applies the base's"
+        )
+    return apply_lm_head(states)
+
+
+def shared_logits(
+    states: torch.Tensor,  # [num_heads, num_tokens, hidden_size]
+    apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None,
+    token_map: torch.Tensor | None,  # [1 or num_heads, output_size]
+) -> torch.Tensor:
+    """Logits [num_tokens, num_heads, output_size] of independent heads on the base's lm_head."""
+    rows = states.transpose(0, 1)
+    logits = base_logits(rows.flatten(0, 1), apply_lm_head).unflatten(0, rows.shape[:2])
+    if token_map is None:
+        return logits
+    return logits.gather(2, token_map.expand(*logits.shape[:2], -1))

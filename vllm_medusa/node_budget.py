@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from vllm_medusa.decayed_mean import RELAXATION, DecayedMean
 from vllm_medusa.served_costs import ServedCosts
 
 # Calibration's answers and the served ones differ. Shipped heads, MT-Bench: depth 1 is
@@ -27,8 +28,6 @@ DECAY = 1 - 1 / 2048
 # request-steps, and for a factor of two, at most.
 MOST_EVIDENCE = 32
 MOST_CHANGE = 2.0
-# Kept at every look at the prices, 32 steps apart.
-RELAXATION = 0.99
 # Another budget must promise this much more to be worth a change of graphs.
 HYSTERESIS = 1.01
 # A width that was not tried lately is taken to accept up to this much more than is known of it,
@@ -41,34 +40,6 @@ TIME_OPTIMISM = 0.15
 # what is expected, or nothing would ever be learnt where plain decoding seems best.
 BOLD_LOOKS = 200
 BOLDNESS = 1.0
-
-
-class Evidence:
-    """A width's share of the level, as comparisons saw it, the older the lighter."""
-
-    def __init__(self) -> None:
-        self.steps = self._sum = 0.0
-
-    def add(self, steps: float, ratio: float) -> None:
-        """One more comparison, which counts for so many request-steps."""
-        kept = DECAY**steps
-        self.steps = kept * self.steps + steps
-        self._sum = kept * self._sum + steps * ratio
-
-    def relax(self) -> None:
-        """Forget a little."""
-        self.steps *= RELAXATION
-        self._sum *= RELAXATION
-
-    @property
-    def weight(self) -> float:
-        """Against the prior, 0 to 1."""
-        return self.steps / (self.steps + PRIOR_STEPS)
-
-    @property
-    def ratio(self) -> float:
-        """Their mean; 1 before there was any."""
-        return self._sum / self.steps if self.steps > 0 else 1.0
 
 
 class NodeBudget:
@@ -119,7 +90,8 @@ class NodeBudget:
             ]
         self.choices = sorted(n for n in set(choices) if n < len(self.promised))
         self.depths = range(len(self.promised)) if depths is None else depths
-        self._evidence: dict[int, Evidence] = {}
+        # nodes -> the width's share of the level, as comparisons saw it
+        self._evidence: dict[int, DecayedMean] = {}
         # nodes -> request-steps and accepted tokens lately, the older the lighter; and those that
         # were not looked at yet
         self._lately: dict[int, list[float]] = {}
@@ -147,26 +119,28 @@ class NodeBudget:
     def _relative(self, nodes: int) -> float:
         """A width's own share of the level, as far as is known."""
         # A width of twice or half the rows counts half.
-        near, own = [(1.0, PRIOR_STEPS)], self._evidence.get(nodes)
+        near, own = [(float(PRIOR_STEPS), PRIOR_STEPS)], self._evidence.get(nodes)
         for other, evidence in self._evidence.items():
             if other != nodes:
                 nearness = min(nodes + 1, other + 1) / max(nodes + 1, other + 1)
-                near.append((evidence.ratio, nearness * evidence.steps))
-        told = sum(ratio * weight for ratio, weight in near) / sum(weight for _, weight in near)
-        return told if own is None else told + own.weight * (own.ratio - told)
+                near.append((nearness * evidence.sum, nearness * evidence.steps))
+        told = sum(total for total, _ in near) / sum(steps for _, steps in near)
+        if own is None:
+            return told
+        return (own.sum + PRIOR_STEPS * told) / (own.steps + PRIOR_STEPS)
 
     def _known(self, nodes: int) -> float:
         """How much of what is said of a width is its own steps', 0 to 1."""
         # The level itself, where it is this width's.
         lately = self._lately.get(nodes, (0.0, 0.0))[0]
-        return max(self._evidence[nodes].weight, lately / (lately + PRIOR_STEPS))
+        return max(self._evidence[nodes].weight(PRIOR_STEPS), lately / (lately + PRIOR_STEPS))
 
     def settle(self) -> None:
         """Learn from what was observed since the last time."""
         for nodes, (steps, accepted) in self._pending.items():
             level, others = self._level(leave_out=nodes)
             mine = self._lately.setdefault(nodes, [0.0, 0.0])
-            evidence = self._evidence.setdefault(nodes, Evidence())
+            evidence = self._evidence.setdefault(nodes, DecayedMean(DECAY))
             expected = steps * level * self.promised[nodes] * self._relative(nodes)
             if others > 0 and expected > 0:
                 # The more the level is this width's own, the less it can be measured by it.
@@ -176,9 +150,9 @@ class NodeBudget:
                 part = min(max(accepted / expected, 1 / MOST_CHANGE), MOST_CHANGE) ** 0.5
                 shares = {n: own[0] / others for n, own in self._lately.items() if n != nodes}
                 known = {n: self._relative(n) for n in (nodes, *shares)}
-                evidence.add(weight, known[nodes] * part)
+                evidence.add(known[nodes] * part, weight)
                 for other, share in shares.items():
-                    self._evidence[other].add(share * weight, known[other] / part)
+                    self._evidence[other].add(known[other] / part, share * weight)
             kept = LEVEL_DECAY**steps
             for entry in self._lately.values():
                 entry[:] = [kept * number for number in entry]

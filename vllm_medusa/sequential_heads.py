@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from vllm_medusa.draft_weights import Float8Weight, PlainWeight, frozen
 from vllm_medusa.head_weights import HeadWeights
+from vllm_medusa.heads import base_logits
 from vllm_medusa.heads_path import head_rows
 
 
@@ -102,12 +103,7 @@ class SequentialHeads(nn.Module):
                 return self.lm_head_product(states)[:, : self.size_of(head)]
             group = min(head, self.spec.num_lm_heads) - 1
             return self.lm_head.product(states, group, self.size_of(head))
-        if apply_lm_head is None:
-            raise ValueError(
-                "apply_lm_head: found None, but these heads have no lm_head of their own; pass a "
-                "callable that applies the base's"
-            )
-        logits, token_map = apply_lm_head(states), self.map_of(head)
+        logits, token_map = base_logits(states, apply_lm_head), self.map_of(head)
         return logits[:, : self.size_of(head)] if token_map is None else logits[:, token_map[0]]
 
     def _states(self, head: int, inputs: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
+from vllm_medusa.decayed_mean import DecayedMean
 from vllm_medusa.step_costs import StepCosts
 
 # Measured at start, a width's time counts as much as this many of its steps in service. Steps of
@@ -11,8 +13,6 @@ from vllm_medusa.step_costs import StepCosts
 PRIOR_STEPS = 16
 # A width's evidence halves after about 350 of its steps: some seconds.
 DECAY = 1 - 1 / 512
-# Kept at every look at the prices, 32 steps apart.
-RELAXATION = 0.99
 # Beyond, something else than the step took the time.
 LEAST_RATIO, MOST_RATIO = 0.5, 3.0
 
@@ -68,8 +68,8 @@ class ServedCosts:
 
     def __init__(self, measured: StepCosts):
         self.measured = measured
-        # Doubling of the batch -> rows -> [steps, sum of their ratios], the older the lighter
-        self._seen: dict[int, dict[int, list[float]]] = {}
+        # Doubling of the batch -> rows -> ratio of its steps
+        self._seen: dict[int, dict[int, DecayedMean]] = {}
 
     def observe(self, rows: int, requests: int, context: float, seconds: float) -> None:
         """Learn from one step."""
@@ -77,9 +77,8 @@ class ServedCosts:
         if expected is None:
             return
         ratio = min(max(seconds / expected, LEAST_RATIO), MOST_RATIO)
-        entry = self._seen.setdefault(requests.bit_length(), {}).setdefault(rows, [0.0, 0.0])
-        entry[0] = DECAY * entry[0] + 1
-        entry[1] = DECAY * entry[1] + ratio
+        seen = self._seen.setdefault(requests.bit_length(), {})
+        seen.setdefault(rows, DecayedMean(DECAY)).add(ratio)
 
     def of(self, rows: int, requests: int, context: float) -> float | None:
         """Seconds of a step; None where none of this kind was measured at start."""
@@ -88,22 +87,24 @@ class ServedCosts:
             return None
         seen = self._seen.get(requests.bit_length(), {})
         common = _mean(seen.values(), 1.0)
-        return seconds * _mean([seen[rows]] if rows in seen else [], common)
+        return seconds * _mean([seen[rows]], common) if rows in seen else seconds * common
 
     def weight(self, rows: int, requests: int) -> float:
         """How much of what is said of a step is known from service, 0 to 1."""
-        steps, _ = self._seen.get(requests.bit_length(), {}).get(rows, (0.0, 0.0))
-        return steps / (steps + PRIOR_STEPS)
+        seen = self._seen.get(requests.bit_length(), {})
+        return seen[rows].weight(PRIOR_STEPS) if rows in seen else 0.0
 
     def relax(self) -> None:
         """Forget a little: a width that does not run may take another time by now."""
         for widths in self._seen.values():
-            for entry in widths.values():
-                entry[0] *= RELAXATION
-                entry[1] *= RELAXATION
+            for ratio in widths.values():
+                ratio.relax()
 
 
-def _mean(entries, prior: float) -> float:
-    """Mean ratio of [steps, sum of ratios], the prior taken in."""
-    steps = PRIOR_STEPS + sum(entry[0] for entry in entries)
-    return (PRIOR_STEPS * prior + sum(entry[1] for entry in entries)) / steps
+def _mean(ratios: Iterable[DecayedMean], prior: float) -> float:
+    """Of all their steps, the prior taken in."""
+    steps, total = PRIOR_STEPS, PRIOR_STEPS * prior
+    for ratio in ratios:
+        steps += ratio.steps
+        total += ratio.sum
+    return total / steps

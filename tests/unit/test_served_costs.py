@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_medusa.served_costs import LEAST_RATIO, MOST_RATIO, RELAXATION, ServedCosts, StepClock
+from vllm_medusa.decayed_mean import RELAXATION
+from vllm_medusa.served_costs import LEAST_RATIO, MOST_RATIO, ServedCosts, StepClock
 from vllm_medusa.step_costs import StepCosts
 
 MEASURED = StepCosts({(rows, requests, 0): 1.0 for rows in (1, 4, 8) for requests in (1, 8)})
