@@ -7,6 +7,7 @@ import torch
 from .checks import FLOATS, MAX_TREE_ROWS, at_least, check_tensor, require
 from .draft_workspace import GROUP, MAX_TOP, DraftWorkspace, num_chunks, num_groups
 from .lookup_types import MAX_MATCH, POSITION_BITS, Chains, LookupWorkspace
+from .noise_types import DrawNoise
 from .tree_types import Candidates, FixedTree, TreeTables
 
 # Groups of one row that the merging program holds at once: 4096 of them are 524,288 tokens.
@@ -26,6 +27,7 @@ def check_draft_tree(
     *,
     num_top: int,
     token_map: torch.Tensor | None,
+    noise: DrawNoise | None,
     workspace: DraftWorkspace | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``draft_tree`` documents."""
@@ -38,6 +40,7 @@ def check_draft_tree(
     require(1 <= nodes <= MAX_NODES, "node_columns", f"{nodes} nodes", f"1..{MAX_NODES} nodes")
     shape = [at_least(num_reqs), nodes]
     check_tensor("out", out, shape=shape, dtype=torch.int64, device=device)
+    _check_noise(noise, num_reqs, device)
     if workspace is not None:
         rows = num_reqs * num_heads
         _check_workspace(workspace, rows, vocab, device)
@@ -51,6 +54,7 @@ def check_top_tokens(
     weights: torch.Tensor | None,
     token_map: torch.Tensor | None,
     columns: torch.Tensor | None,
+    noise: DrawNoise | None,
     workspace: DraftWorkspace | None,
 ) -> None:
     """Raise ValueError unless the arguments are what ``top_tokens`` documents."""
@@ -69,6 +73,7 @@ def check_top_tokens(
     if weights is not None:
         shape = [num_heads]
         check_tensor("weights", weights, shape=shape, dtype=torch.float32, device=logits.device)
+    _check_noise(noise, num_reqs, logits.device)
     if workspace is not None:
         rows = num_reqs * num_heads
         _check_workspace(workspace, rows, vocab, logits.device)
@@ -194,6 +199,21 @@ def _check_workspace(
     ):
         name, shape = f"workspace.{name}", [at_least(needed)]
         check_tensor(name, tensor, shape=shape, dtype=torch.int32, device=device)
+
+
+def _check_noise(noise: DrawNoise | None, num_reqs: int, device: torch.device) -> None:
+    if noise is None:
+        return
+    _check_contiguous("noise.seeds", noise.seeds, [None], torch.int64, device)
+    slots = [noise.seeds.shape[0]]
+    _check_contiguous("noise.temperatures", noise.temperatures, slots, torch.float32, device)
+    _check_contiguous("noise.lengths", noise.lengths, slots, torch.int32, device)
+    dtypes = (torch.int64, torch.int32)
+    check_tensor("noise.slots", noise.slots, shape=[num_reqs], dtype=dtypes, device=device)
+    require(noise.slots.is_contiguous(), "noise.slots", "strides", "a contiguous tensor")
+    require(noise.depth >= 1, "noise.depth", noise.depth, "at least 1")
+    require(noise.depth_step in (0, 1), "noise.depth_step", noise.depth_step, "0 or 1")
+    require(noise.spread > 0.0, "noise.spread", noise.spread, "above 0")
 
 
 def _check_contiguous(

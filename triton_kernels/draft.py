@@ -9,6 +9,8 @@ import triton.language as tl
 from .checks import check_runnable
 from .checks_draft import check_draft_tree
 from .draft_workspace import GROUP, DraftWorkspace, groups_and_warps, num_groups
+from .noise import load_draw, with_noise
+from .noise_types import DrawNoise, arguments_of
 
 # 128 x 128 bfloat16 are 128 bytes a thread of 8 warps, and leave room for five programs.
 _MOST_GROUPS = 128
@@ -61,6 +63,10 @@ def merge_groups(
     row_logits,  # [vocab_size], one row of logits
     maxima,  # [num_groups] int32, keys of its groups' maxima
     num_best,  # how many tokens are wanted, at most PADDED_TOP
+    row_map,  # as with_noise's, like the next three
+    hash_state,
+    temperature,
+    spread,
     vocab_size,
     num_groups,
     GROUP: tl.constexpr,
@@ -85,8 +91,9 @@ def merge_groups(
 
     ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     is_candidate = (slots < tl.minimum(num_best, num_groups))[:, None] & (ids < vocab_size)
-    values = tl.load(row_logits + ids, mask=is_candidate, other=float("-inf"))
-    keys = tl.where(is_candidate, sortable(known(values)), _LEAST)
+    values = known(tl.load(row_logits + ids, mask=is_candidate, other=float("-inf")))
+    values = with_noise(values, ids, is_candidate, row_map, hash_state, temperature, spread)
+    keys = tl.where(is_candidate, sortable(values), _LEAST)
     # Slots without a group repeat group 0; their ids must not be found.
     ids = tl.where(is_candidate, ids, PADDED_GROUPS * GROUP)
     tokens = tl.zeros([PADDED_TOP], tl.int32)
@@ -96,7 +103,7 @@ def merge_groups(
     return tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["depth"])
 def _draft_tree_kernel(
     out,  # out [R, N] int64
     counters,  # in-place [R * NUM_HEADS] int32, 0 on entry and on return
@@ -104,12 +111,19 @@ def _draft_tree_kernel(
     logits,  # in [R, NUM_HEADS, vocab_size]
     node_columns,  # in [N] int64, node -> (head, rank) as head * NUM_TOP + rank
     token_map,  # in [1 or NUM_HEADS, vocab_size] int64, or None
+    seeds,  # in [S] int64, or None: no noise, and the next three are not read
+    temperatures,  # in [S] float32
+    lengths,  # in [S] int32
+    slots,  # in [R] int64 or int32
+    depth,  # of the first head's nodes
+    spread,
     out_stride,
     req_stride,
     head_stride,
     map_stride,  # 0: one map for all heads
     vocab_size,
     num_groups,
+    DEPTH_STEP: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_NODES: tl.constexpr,
     NUM_TOP: tl.constexpr,
@@ -132,6 +146,17 @@ def _draft_tree_kernel(
     first = tl.program_id(0) % num_chunks * GROUPS_PER_PROGRAM
     groups = first + tl.arange(0, GROUPS_PER_PROGRAM)
     values = known(load_groups(row_logits, groups, first, vocab_size, GROUP, GROUPS_PER_PROGRAM))
+    row_map = None
+    if token_map is not None:
+        row_map = token_map + head.to(tl.int64) * map_stride
+    hash_state, temperature = tl.full([], 0, tl.uint32), tl.full([], 0.0, tl.float32)
+    if seeds is not None:
+        own_depth = depth + head * DEPTH_STEP
+        hash_state, temperature = load_draw(seeds, temperatures, lengths, slots, req, own_depth)
+        ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        values = with_noise(
+            values, ids, ids < vocab_size, row_map, hash_state, temperature, spread
+        )
     group_keys = sortable(tl.max(values, 1))
     tl.store(row_maxima + groups, group_keys, mask=groups < num_groups)
     # All threads' maxima are written before one thread announces them; acquire and release
@@ -148,13 +173,13 @@ def _draft_tree_kernel(
     ranks = tl.where(is_mine, columns % NUM_TOP, 0)
     num_best = tl.max(tl.where(is_mine, ranks + 1, 0))
     tokens = merge_groups(
-        row_logits, row_maxima, num_best, vocab_size, num_groups, GROUP, PADDED_GROUPS, PADDED_TOP
-    ).to(tl.int64)
-    slots = tl.arange(0, PADDED_TOP)
-    if token_map is not None:
-        row_map = token_map + head.to(tl.int64) * map_stride
-        tokens = tl.load(row_map + tokens, mask=slots < num_best, other=-1)
-    found = tl.sum(tl.where(ranks[:, None] == slots[None, :], tokens[None, :], 0), 1)
+        row_logits, row_maxima, num_best, row_map, hash_state, temperature, spread, vocab_size,
+        num_groups, GROUP, PADDED_GROUPS, PADDED_TOP,
+    ).to(tl.int64)  # fmt: skip
+    all_ranks = tl.arange(0, PADDED_TOP)
+    if row_map is not None:
+        tokens = tl.load(row_map + tokens, mask=all_ranks < num_best, other=-1)
+    found = tl.sum(tl.where(ranks[:, None] == all_ranks[None, :], tokens[None, :], 0), 1)
     tl.store(out + req.to(tl.int64) * out_stride + nodes, found, mask=is_mine)
 
 
@@ -165,6 +190,7 @@ def draft_tree(
     *,
     num_top: int,
     token_map: torch.Tensor | None = None,
+    noise: DrawNoise | None = None,
     workspace: DraftWorkspace | None = None,
 ) -> None:
     """Draft token of every node: the token of its rank under its head (paper, section 2.1.2).
@@ -185,6 +211,8 @@ def draft_tree(
         Largest number of ranks of a head, at most 128.
     token_map : torch.Tensor, optional
         ``[1 or K, V]`` int64. Heads' vocabulary id -> base vocabulary id.
+    noise : DrawNoise, optional
+        Added to the logits of requests that have a temperature.
     workspace : DraftWorkspace, optional
         Serves any number of calls, one after another; allocated when missing.
 
@@ -194,8 +222,9 @@ def draft_tree(
     logits ``[[[1, 5, 3], [9, 2, 9]]]`` the nodes get tokens ``1 2 0``.
     """
     check_draft_tree(
-        out, logits, node_columns, num_top=num_top, token_map=token_map, workspace=workspace
-    )
+        out, logits, node_columns, num_top=num_top, token_map=token_map, noise=noise,
+        workspace=workspace,
+    )  # fmt: skip
     check_runnable("logits", logits, _draft_tree_kernel)
     num_reqs, num_heads, vocab = logits.shape
     if num_reqs == 0:
@@ -203,12 +232,14 @@ def draft_tree(
     num_rows, groups = num_reqs * num_heads, num_groups(vocab)
     workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
     per_program, num_warps = groups_and_warps(num_rows, vocab, _MOST_GROUPS)
+    drawn, depth_step = arguments_of(noise)
     _draft_tree_kernel[(num_rows * triton.cdiv(groups, per_program),)](
-        out, workspace.counters, workspace.maxima, logits, node_columns, token_map, out.stride(0),
-        logits.stride(0), logits.stride(1),
+        out, workspace.counters, workspace.maxima, logits, node_columns, token_map,
+        *drawn, out.stride(0), logits.stride(0), logits.stride(1),
         0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
-        vocab, groups, NUM_HEADS=num_heads, NUM_NODES=node_columns.shape[0],
-        NUM_TOP=num_top, GROUP=GROUP, GROUPS_PER_PROGRAM=per_program,
+        vocab, groups, DEPTH_STEP=depth_step, NUM_HEADS=num_heads,
+        NUM_NODES=node_columns.shape[0], NUM_TOP=num_top, GROUP=GROUP,
+        GROUPS_PER_PROGRAM=per_program,
         PADDED_NODES=triton.next_power_of_2(node_columns.shape[0]),
         PADDED_TOP=triton.next_power_of_2(num_top),
         PADDED_GROUPS=triton.next_power_of_2(groups), num_warps=num_warps,

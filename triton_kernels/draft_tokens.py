@@ -16,6 +16,8 @@ from .draft_workspace import (
     groups_and_warps,
     num_groups,
 )
+from .noise import load_draw, with_noise
+from .noise_types import DrawNoise, arguments_of
 from .selection import descending, ranks_of, smallest
 
 # 64 x 128 float32 are 32 registers of 8 warps: the exponentials need them all at once.
@@ -37,6 +39,10 @@ def _best_tokens(
     row_logits,  # [vocab_size], one row of logits
     row_maxima,  # [num_groups] int32, keys of its groups' maxima
     picks,  # scratch [NUM_TOP] int32
+    row_map,  # as with_noise's, like the next three
+    hash_state,
+    temperature,
+    spread,
     vocab_size,
     num_groups,
     NUM_TOP: tl.constexpr,
@@ -59,8 +65,9 @@ def _best_tokens(
     groups = smallest(costs, picks, num_best, PADDED_GROUPS, PADDED_TOP)
     ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     is_token = (groups >= 0)[:, None] & (ids < vocab_size)
-    values = tl.load(row_logits + ids, mask=is_token, other=float("-inf"))
-    costs = tl.where(is_token, descending(sortable(known(values))), _NEVER)
+    values = known(tl.load(row_logits + ids, mask=is_token, other=float("-inf")))
+    values = with_noise(values, ids, is_token, row_map, hash_state, temperature, spread)
+    costs = tl.where(is_token, descending(sortable(values)), _NEVER)
     costs = tl.reshape(costs, [PADDED_TOP * GROUP])
     places = smallest(costs, picks, NUM_TOP, PADDED_TOP * GROUP, PADDED_TOP)
     # A place counts tokens group by group; the picks of groups are gone, the groups are not.
@@ -70,7 +77,7 @@ def _best_tokens(
     return group * GROUP + places % GROUP
 
 
-@triton.jit(do_not_specialize=["num_heads"])
+@triton.jit(do_not_specialize=["num_heads", "depth"])
 def _top_tokens_kernel(
     tokens,  # out [R, out_width] int64
     log_probs,  # out [R, out_width] float32
@@ -82,6 +89,12 @@ def _top_tokens_kernel(
     weights,  # in [num_heads] float32, or None
     token_map,  # in [1 or num_heads, vocab_size] int64, or None
     columns,  # in [num_heads, NUM_TOP] int32, columns of `tokens`, or None: all, in this order
+    seeds,  # in [S] int64, or None: no noise, and the next three are not read
+    temperatures,  # in [S] float32
+    lengths,  # in [S] int32
+    slots,  # in [R] int64 or int32
+    depth,  # of the first head's nodes
+    spread,
     out_width,
     req_stride,
     head_stride,
@@ -89,6 +102,7 @@ def _top_tokens_kernel(
     vocab_size,
     num_groups,
     num_heads,
+    DEPTH_STEP: tl.constexpr,
     NUM_TOP: tl.constexpr,
     MAX_TOP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -111,10 +125,20 @@ def _top_tokens_kernel(
     first = chunk * GROUPS_PER_PROGRAM
     groups = first + tl.arange(0, GROUPS_PER_PROGRAM)
     values = known(load_groups(row_logits, groups, first, vocab_size, GROUP, GROUPS_PER_PROGRAM))
+    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    row_map = None
+    if token_map is not None:
+        row_map = token_map + head.to(tl.int64) * map_stride
+    hash_state, temperature = tl.full([], 0, tl.uint32), tl.full([], 0.0, tl.float32)
+    if seeds is not None:
+        own_depth = depth + head * DEPTH_STEP
+        hash_state, temperature = load_draw(seeds, temperatures, lengths, slots, req, own_depth)
+        values = with_noise(
+            values, ids, ids < vocab_size, row_map, hash_state, temperature, spread
+        )
     group_maxima = tl.max(values, 1)
     tl.store(row_maxima + groups, sortable(group_maxima), mask=groups < num_groups)
     largest = _finite(tl.max(group_maxima, 0))
-    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     shares = tl.where(ids < vocab_size, tl.exp(_finite(values) - largest), 0.0)
     tl.store(row_sums + chunk * 2, largest)
     tl.store(row_sums + chunk * 2 + 1, tl.sum(tl.sum(shares, 1), 0))
@@ -133,18 +157,18 @@ def _top_tokens_kernel(
     largest = tl.max(chunk_maxima, 0)
     log_sum = tl.log(tl.sum(chunk_sums * tl.exp(chunk_maxima - largest), 0))
     best = _best_tokens(
-        row_logits, row_maxima, picks + row.to(tl.int64) * MAX_TOP, vocab_size, num_groups,
-        NUM_TOP, GROUP, PADDED_TOP, PADDED_GROUPS,
+        row_logits, row_maxima, picks + row.to(tl.int64) * MAX_TOP, row_map, hash_state,
+        temperature, spread, vocab_size, num_groups, NUM_TOP, GROUP, PADDED_TOP, PADDED_GROUPS,
     )  # fmt: skip
     is_rank = tl.arange(0, PADDED_TOP) < NUM_TOP
     values = known(tl.load(row_logits + best, mask=is_rank, other=float("-inf")))
+    values = with_noise(values, best, is_rank, row_map, hash_state, temperature, spread)
     ranks = ranks_of(tl.where(is_rank, descending(sortable(values)), _NEVER), PADDED_TOP)
     # Not above 0 whatever the rounding: no child is then likelier than its parent.
     values = tl.minimum((_finite(values) - largest) - log_sum, 0.0)
     if weights is not None:
         values *= tl.load(weights + head)
-    if token_map is not None:
-        row_map = token_map + head.to(tl.int64) * map_stride
+    if row_map is not None:
         best = tl.load(row_map + best, mask=is_rank, other=-1).to(tl.int32)
     place = head * NUM_TOP + ranks
     if columns is not None:
@@ -163,6 +187,7 @@ def top_tokens(
     weights: torch.Tensor | None = None,
     token_map: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
+    noise: DrawNoise | None = None,
     workspace: DraftWorkspace | None = None,
 ) -> None:
     """Each head's most likely tokens, best first, with their log probabilities.
@@ -188,6 +213,9 @@ def top_tokens(
     columns : torch.Tensor, optional
         ``[K, T]`` int32, contiguous, below W. Column of `tokens` and `log_probs` for each rank of
         each head; where it is negative the rank is not written, nor is any other column.
+    noise : DrawNoise, optional
+        Added to the logits of requests that have a temperature; log probabilities are then those
+        of being drawn, by heads that err as much as its spread says.
     workspace : DraftWorkspace, optional
         Serves any number of calls, one after another; allocated when missing.
 
@@ -198,7 +226,7 @@ def top_tokens(
     """
     check_top_tokens(
         tokens, log_probs, logits, weights=weights, token_map=token_map, columns=columns,
-        workspace=workspace,
+        noise=noise, workspace=workspace,
     )  # fmt: skip
     check_runnable("logits", logits, _top_tokens_kernel)
     num_reqs, num_heads, vocab = logits.shape
@@ -209,12 +237,14 @@ def top_tokens(
     chunks = triton.cdiv(groups, per_program)
     num_top = (tokens if columns is None else columns).shape[-1]
     workspace = workspace or DraftWorkspace.allocate(num_rows, vocab, logits.device)
+    drawn, depth_step = arguments_of(noise)
     _top_tokens_kernel[(num_rows * chunks,)](
-        tokens, log_probs, *workspace, logits, weights, token_map, columns,
+        tokens, log_probs, *workspace, logits, weights, token_map, columns, *drawn,
         tokens.stride(0), logits.stride(0), logits.stride(1),
         0 if token_map is None or token_map.shape[0] == 1 else token_map.stride(0),
-        vocab, groups, num_heads, NUM_TOP=num_top, MAX_TOP=MAX_TOP, GROUP=GROUP,
-        GROUPS_PER_PROGRAM=per_program, PADDED_TOP=triton.next_power_of_2(num_top),
+        vocab, groups, num_heads, DEPTH_STEP=depth_step, NUM_TOP=num_top,
+        MAX_TOP=MAX_TOP, GROUP=GROUP, GROUPS_PER_PROGRAM=per_program,
+        PADDED_TOP=triton.next_power_of_2(num_top),
         PADDED_GROUPS=triton.next_power_of_2(groups),
         PADDED_CHUNKS=triton.next_power_of_2(chunks), num_warps=num_warps,
     )  # fmt: skip

@@ -7,6 +7,8 @@ import torch
 from .checks_draft import check_best_tree, check_draft_tree, check_top_tokens
 from .draft_workspace import DraftWorkspace
 from .lookup_types import Chains
+from .noise_types import DrawNoise
+from .reference_noise import with_noise
 from .tree_types import Candidates, FixedTree, TreeTables
 
 
@@ -17,13 +19,17 @@ def draft_tree(
     *,
     num_top: int,
     token_map: torch.Tensor | None = None,  # [1 or K, V] int64
+    noise: DrawNoise | None = None,
     workspace: DraftWorkspace | None = None,
 ) -> None:
     """Twin of :func:`vllm_medusa.triton_kernels.draft.draft_tree`; needs no workspace."""
     check_draft_tree(
-        out, logits, node_columns, num_top=num_top, token_map=token_map, workspace=workspace
-    )
+        out, logits, node_columns, num_top=num_top, token_map=token_map, noise=noise,
+        workspace=workspace,
+    )  # fmt: skip
     num_reqs, num_heads, _ = logits.shape
+    if noise is not None:
+        logits = with_noise(logits, token_map, noise)
     ids = best_tokens(logits, num_top)
     if token_map is not None:
         ids = token_map.expand(num_reqs, num_heads, -1).gather(2, ids)
@@ -57,16 +63,19 @@ def top_tokens(
     weights: torch.Tensor | None = None,  # [K] float32
     token_map: torch.Tensor | None = None,  # [1 or K, V] int64
     columns: torch.Tensor | None = None,  # [K, T] int32
+    noise: DrawNoise | None = None,
     workspace: DraftWorkspace | None = None,
 ) -> None:
     """Twin of :func:`vllm_medusa.triton_kernels.draft_tokens.top_tokens`; needs no workspace."""
     check_top_tokens(
         tokens, log_probs, logits, weights=weights, token_map=token_map, columns=columns,
-        workspace=workspace,
+        noise=noise, workspace=workspace,
     )  # fmt: skip
     num_reqs, num_heads, _ = logits.shape
     if num_reqs == 0:
         return
+    if noise is not None:
+        logits = with_noise(logits, token_map, noise)
     ids = best_tokens(logits, (tokens if columns is None else columns).shape[-1])
     limits = torch.finfo(torch.float32)
     known = logits.float().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)

@@ -88,6 +88,9 @@ class MedusaOptions:
     adaptive : bool or None
         Choose the nodes of each step by what steps cost here and what is accepted lately;
         None does so on a GPU unless nodes, tree or schedule were asked for.
+    coupled_drafts : bool or None
+        Draft for requests with a temperature what the sampler's own noise favours; None does so
+        wherever that can be and pays, see :func:`vllm_medusa.start_choices.choose_coupling`.
     attention : str
         Whose tree attention runs on a GPU, one of :data:`ATTENTIONS`.
     prompt_lookup : int or None
@@ -108,6 +111,7 @@ class MedusaOptions:
     draft_vocab_size: int | None = None
     draft_weights: str = AUTO_WEIGHTS
     adaptive: bool | None = None
+    coupled_drafts: bool | None = None
     attention: str = ATTENTIONS[0]
     prompt_lookup: int | None = None
 
@@ -129,8 +133,10 @@ class MedusaOptions:
             isinstance(self.num_heads, int) and self.num_heads >= 1
         ):
             raise ValueError(f"medusa: num_heads={self.num_heads!r} must be a positive integer")
-        if self.adaptive is not None and not isinstance(self.adaptive, bool):
-            raise ValueError(f"medusa: adaptive={self.adaptive!r} must be true or false")
+        for name in ("adaptive", "coupled_drafts"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"medusa: {name}={value!r} must be true or false")
         if self.attention not in ATTENTIONS:
             raise ValueError(
                 f"medusa: attention={self.attention!r} must be one of {', '.join(ATTENTIONS)}"

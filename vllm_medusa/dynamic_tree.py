@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_medusa.kernels import DraftWorkspace, top_tokens
+from vllm_medusa.kernels import DraftWorkspace, DrawNoise, top_tokens
 from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.tree_batch import TreeBatch
 from vllm_medusa.tree_candidates import (
@@ -75,6 +75,7 @@ class DynamicDrafter:
         logits: torch.Tensor,  # [num_reqs, num_heads, vocab_size]
         slots: torch.Tensor,  # [num_reqs] int64, negative: no request
         token_map: torch.Tensor | None,  # [1 or num_heads, vocab_size] int64
+        noise: DrawNoise | None = None,
     ) -> None:
         """Write every request's next tree into its slot's tables, and its drafts to ``out``."""
         top_tokens(
@@ -83,6 +84,7 @@ class DynamicDrafter:
             logits,
             weights=self.weights,
             token_map=token_map,
+            noise=noise,
             workspace=self.workspace,
         )
         self.chooser.choose(out, self.tokens, self.log_probs, slots)

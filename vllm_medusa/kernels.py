@@ -9,6 +9,7 @@ from vllm_medusa import triton_kernels as gpu_kernels
 from vllm_medusa.triton_kernels import reference
 from vllm_medusa.triton_kernels.draft_workspace import DraftWorkspace
 from vllm_medusa.triton_kernels.lookup_types import MAX_MATCH, Chains, LookupWorkspace
+from vllm_medusa.triton_kernels.noise_types import DrawNoise
 from vllm_medusa.triton_kernels.tree_types import Candidates, FixedTree, TreeTables
 from vllm_medusa.triton_kernels.walk_types import RequestState, WalkOutput
 
@@ -17,6 +18,7 @@ __all__ = [
     "Candidates",
     "Chains",
     "DraftWorkspace",
+    "DrawNoise",
     "FixedTree",
     "LookupWorkspace",
     "RequestState",

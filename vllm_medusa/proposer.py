@@ -23,13 +23,14 @@ from vllm_medusa.embedding_table import embedding_table
 from vllm_medusa.float8_heads import Float8Heads
 from vllm_medusa.head_weights import HeadWeights
 from vllm_medusa.heads import MedusaHeads
-from vllm_medusa.kernels import DraftWorkspace, draft_tree
+from vllm_medusa.kernels import DraftWorkspace, DrawNoise, draft_tree
 from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.rank_agreement import on_every_rank
 from vllm_medusa.sequential_draft import ChosenSequentialDrafter, SequentialDrafter
 from vllm_medusa.sequential_heads import SequentialHeads
 from vllm_medusa.sharded_draft import ShardedDraft, shard_heads
 from vllm_medusa.tree_batch import TreeBatch
+from vllm_medusa.tree_candidates import NOISE_SPREAD
 
 if TYPE_CHECKING:
     from vllm_medusa.verification_step import VerificationStep
@@ -229,9 +230,10 @@ class MedusaProposer(DraftModelSpeculator):
         """Fill every request's tree from its heads' best tokens, [num_reqs, num_nodes] int64."""
         if out is None:
             out = slots.new_empty(hidden.shape[0], self.node_columns.shape[0], dtype=torch.int64)
+        noise = self._noise(slots)
         if self.model.spec.sequential:
             roots = self.req_states.last_sampled_tokens.view(-1)[slots.clamp(min=0)].long()
-            inputs = (hidden, roots, self.embeddings, self.compute_base_logits)
+            inputs = (hidden, roots, self.embeddings, self.compute_base_logits, noise)
             if isinstance(self.drafter, SequentialDrafter):
                 self.drafter.draft(out, *inputs)
             else:
@@ -243,7 +245,7 @@ class MedusaProposer(DraftModelSpeculator):
         logits = self.model.draft_logits(hidden, self.compute_base_logits)
         token_map = self.model.token_map
         if self.drafter is not None:
-            self.drafter.draft(out, logits, slots, token_map)
+            self.drafter.draft(out, logits, slots, token_map, noise)
             return out
         draft_tree(
             out,
@@ -251,6 +253,20 @@ class MedusaProposer(DraftModelSpeculator):
             self.node_columns,
             num_top=self.num_top,
             token_map=token_map,
+            noise=noise,
             workspace=self.workspace,
         )
         return out
+
+    def _noise(
+        self,
+        slots: torch.Tensor,  # [num_reqs] int64
+    ) -> DrawNoise | None:
+        """With what the sampler will draw these requests' next tokens, if drafts are to know."""
+        step = self.verification_step
+        if step is None or not self.speculative_config.coupled_drafts:
+            return None
+        lengths = self.req_states.total_len.gpu
+        return DrawNoise(
+            step.seeds, step.draft_temperature, lengths, slots, 1, 1, NOISE_SPREAD
+        )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_medusa.kernels import DraftWorkspace, embed_paths, top_tokens
+from vllm_medusa.kernels import DraftWorkspace, DrawNoise, embed_paths, top_tokens
 from vllm_medusa.prompt_lookup import PromptLookup
 from vllm_medusa.sequential_heads import SequentialHeads
 from vllm_medusa.tree import TokenTree
@@ -70,12 +70,13 @@ class SequentialDrafter:
         embeddings: Embeddings,
         # [m, hidden_size] -> [m, vocab_size]; None for own lm_heads
         apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        noise: DrawNoise | None = None,
     ) -> None:
         """Write draft tokens of all nodes, ids of the base vocabulary, to ``out``.
 
         Batches whose requests are too many for the whole tree get the token 0 at its last nodes.
         """
-        tokens, _ = self.score(hidden, root_tokens, embeddings, apply_lm_head)
+        tokens, _ = self.score(hidden, root_tokens, embeddings, apply_lm_head, noise)
         torch.clamp(tokens.flatten(1)[:, : self.tree.num_nodes], min=0, out=out)
 
     def score(
@@ -84,6 +85,7 @@ class SequentialDrafter:
         root_tokens: torch.Tensor,
         embeddings: Embeddings,
         apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        noise: DrawNoise | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with every node's log probability behind its parent.
 
@@ -105,6 +107,7 @@ class SequentialDrafter:
                 logits.unflatten(0, (num_reqs, len(level.paths))),
                 token_map=self.heads.map_of(head),
                 columns=level.columns,
+                noise=None if noise is None else noise._replace(depth=head, depth_step=0),
                 workspace=self.workspace,
             )
         shape = (num_reqs, self.tree.max_depth, self.columns_per_head)
@@ -177,9 +180,12 @@ class ChosenSequentialDrafter:
         root_tokens: torch.Tensor,
         embeddings: Embeddings,
         apply_lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        noise: DrawNoise | None = None,
     ) -> None:
         """Write every request's next tree into its slot's tables, and its drafts to ``out``."""
-        tokens, log_probs = self.drafter.score(hidden, root_tokens, embeddings, apply_lm_head)
+        tokens, log_probs = self.drafter.score(
+            hidden, root_tokens, embeddings, apply_lm_head, noise
+        )
         self.chooser.choose(out, tokens, log_probs, slots)
         # Nodes that were not drafted come last, but something must be embedded there.
         out.clamp_(min=0)

@@ -29,6 +29,7 @@ from vllm_medusa.head_weights import HeadWeights
 from vllm_medusa.start_choices import (
     budget_for_machine,
     check_attention,
+    choose_coupling,
     choose_draft_vocabulary,
     choose_draft_weights,
     choose_frequencies,
@@ -72,6 +73,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     """First ids that heads with a shared lm_head score; None: all."""
     float8_weights: bool = False
     """Whether heads that are whole on their device draft with weights rounded to float8."""
+    coupled_drafts: bool = False
+    """Whether requests with a temperature draft what the sampler's noise favours."""
     node_frequencies: tuple[float, ...] = ()
     """Share of steps whose path held each node in calibration, where the nodes of a step are chosen
     as it comes; empty: they follow the schedule."""
@@ -207,6 +210,9 @@ def create_medusa_config(
         typical_delta=delta,
         draft_vocab_size=choose_draft_vocabulary(options, heads.spec),
         float8_weights=float8_weights,
+        coupled_drafts=choose_coupling(
+            options, heads.spec, target_model_config, target_parallel_config
+        ),
         node_frequencies=choose_frequencies(options, tree, schedule),
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,

@@ -187,6 +187,33 @@ def _why_unquantised(spec: HeadSpec, dtype: torch.dtype, parallel_config: Any) -
     return None
 
 
+def choose_coupling(
+    options: MedusaOptions, spec: HeadSpec, model_config: Any, parallel_config: Any
+) -> bool:
+    """Whether drafts of sampled requests use the sampler's noise: by default on GPUs.
+
+    On a CPU the noise of a vocabulary costs more time than the few nodes of its trees gain.
+
+    Raises
+    ------
+    ValueError
+        They cannot, but that was asked for.
+    """
+    if options.coupled_drafts is False:
+        return False
+    reason, ranks = None, parallel_config.tensor_parallel_size
+    if model_config.use_fp64_gumbel:
+        reason = "drafts know the sampler's float32 noise, and use_fp64_gumbel draws another"
+    elif ranks > 1 and not spec.sequential:
+        reason = (
+            f"with tensor_parallel_size={ranks} independent heads compare logits across ranks, "
+            "without noise"
+        )
+    if reason is not None and options.coupled_drafts:
+        raise ValueError(f"medusa: coupled_drafts=true: {reason}; leave coupled_drafts out")
+    return reason is None and (options.coupled_drafts or not current_platform.is_cpu())
+
+
 def budget_for_machine(tree: TokenTree, num_heads: int, model: Any) -> Budget | None:
     """Nodes that pay on this CPU, by batch size; None where the tree or the machine tells nothing.
 

@@ -15,6 +15,9 @@ FIRST_RANKS, LATER_RANKS = 32, 10
 # Factor of the later heads' log probabilities. Heads are not quite independent: behind a first
 # token that was not the likeliest, what later heads expect comes less often than they say.
 LATER_WEIGHT = 1.3
+# Errors of heads' logits over a temperature, in units of the sampler's noise (their log
+# probabilities are those of the noisy sums divided by it).
+NOISE_SPREAD = 2.0
 
 
 def candidate_paths(num_nodes: int, ranks: Sequence[int]) -> list[TreePath]:

@@ -72,6 +72,8 @@ class VerificationStep:
         # Copies that keep their address: vLLM's own move to another buffer with every new
         # request, and a graph would go on reading the old one.
         self.temperature = torch.zeros(max_num_reqs, dtype=torch.float32, device=device)
+        # As drafts are to be drawn: 0 also where typical acceptance judges them.
+        self.draft_temperature = torch.zeros_like(self.temperature)
         self.seeds = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self.prefill_len = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.drafts = torch.zeros(max_num_reqs, self.width - 1, dtype=torch.int64, device=device)
@@ -81,6 +83,7 @@ class VerificationStep:
         """Note which graphs serve the request in slot ``index``, known to sampler and verifier."""
         verifier = self.runner.rejection_sampler
         is_exact = not verifier.typical.active[index]
+        self.draft_temperature[index] = params.temperature if is_exact else 0.0
         self.simple[index] = is_exact and needs_only_temperature(self.runner.sampler, index, params)
         self.drawable[index] = is_exact and needs_only_draw(verifier.row_sampler, index, params)
 

@@ -197,6 +197,33 @@ def test_heads_in_float8_change_no_token(model, run_series):
     assert abs(rounded - exact) <= 0.1 * exact
 
 
+def test_drafts_that_know_the_noise(model, run_series):
+    """In every graph: sampled requests have more drafts accepted, and end as they should."""
+    engine = {"model": model["model"], **ENGINE}
+    medusa = speculation(model["heads"])["speculative_config"]
+    sampling = [
+        {"max_tokens": 64, "ignore_eos": True, "seed": i, "temperature": 0.8}
+        | ({"top_p": 0.95} if i >= 8 else {})
+        for i in range(16)
+    ]
+    requests = {"prompts": traffic.prompts(16, seed=2, high=64), "sampling": sampling}
+    jobs = {
+        name: {
+            "engine": engine | {"speculative_config": medusa | {"coupled_drafts": coupled}},
+            "batches": [requests],
+        }
+        for name, coupled in (("alone", False), ("coupled", True))
+    }
+    results = run_series(jobs)
+    for name, result in results.items():
+        assert "error" not in result, (name, result["error"])
+        assert [len(one["token_ids"]) for one in result["batches"][0]] == [64] * 16
+    steps = {
+        name: result["counters"]["vllm:spec_decode_num_drafts"] for name, result in results.items()
+    }
+    assert steps["coupled"] < 0.98 * steps["alone"]
+
+
 def test_offloading(model, run_series):
     """Cache blocks that trees have written come back from the host's memory."""
     engine = {"model": model["model"], **ENGINE}

@@ -6,6 +6,9 @@ for seeded sampling (the two runners draw different noise from one seed).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import tiny as tiny_model
 import traffic
@@ -111,13 +114,39 @@ def test_greedy_equals_stock_v1_runner(tiny, run_job, batches, plain, extra, lim
     assert bool(sum(deep)) == (chooses and extra.get("prompt_lookup") != 0)
 
 
-@pytest.mark.parametrize("limits", [WIDE, TIGHT], ids=["wide", "tight"])
-def test_seeded_sampling_equals_stock_v2_runner(tiny, run_job, seeded_batches, plain_v2, limits):
-    engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, num_speculative_tokens=63)}
-    result = run_job(engine, seeded_batches)
+@pytest.fixture(scope="module")
+def seeded(tiny, run_job, seeded_batches) -> Callable[..., dict]:
+    """Results with Medusa, by its tree and whether drafts know the sampler's noise."""
+
+    @functools.cache
+    def run(tree: str, coupled: bool) -> dict:
+        limits = TIGHT if tree == "static" and not coupled else WIDE
+        extra = {"num_speculative_tokens": 15, "tree": tree, "coupled_drafts": coupled}
+        engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, **extra)}
+        return run_job(engine, seeded_batches)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "tree, coupled",
+    [("static", False), ("static", True), ("dynamic", True)],
+    ids=["alone, preempted and chunked", "coupled", "coupled, chosen trees"],
+)
+def test_seeded_sampling_equals_stock_v2_runner(seeded, plain_v2, tree, coupled):
+    result = seeded(tree, coupled)
     assert plain_v2["runner"] == "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
     assert token_ids(result) == token_ids(plain_v2)
     assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+def test_drafts_that_know_the_noise_are_accepted_more_often(seeded):
+    alone, coupled = (
+        result["counters"]["vllm:spec_decode_num_accepted_tokens"]
+        / result["counters"]["vllm:spec_decode_num_drafts"]
+        for result in (seeded("static", False), seeded("static", True))
+    )
+    assert coupled > 1.02 * alone, (alone, coupled)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ TOP = {"tokens": "*i64", "log_probs": "*fp32", "counters": "*i32", "maxima": "*i
        "token_map": "*i64", "columns": "*i32"}  # fmt: skip
 RANKS = {"NUM_TOP": 12, "MAX_TOP": 128, "GROUP": 128, "GROUPS_PER_PROGRAM": 32, "PADDED_TOP": 16,
          "PADDED_GROUPS": 256, "PADDED_CHUNKS": 8}  # fmt: skip
+NOISE = {"seeds": "*i64", "temperatures": "*fp32", "lengths": "*i32", "slots": "*i64",
+         "spread": "fp32"}  # fmt: skip
+NO_NOISE = dict.fromkeys(("seeds", "temperatures", "lengths", "slots"), None)
+NO_NOISE |= {"spread": 1.0, "DEPTH_STEP": 0}
 PATHS = dict.fromkeys(("out", "hidden", "embeddings"), "*bf16")
 PATHS |= dict.fromkeys(("tokens", "root_tokens", "paths"), "*i64")
 UPDATE = dict.fromkeys(("out", "states", "update", "bias"), "*bf16")
@@ -135,14 +139,27 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
     "draft": (
         draft._draft_tree_kernel, DRAFT,
         {"token_map": None, "NUM_HEADS": 5, "NUM_NODES": 63, "NUM_TOP": 10, "GROUP": 128,
-         "GROUPS_PER_PROGRAM": 32, "PADDED_NODES": 64, "PADDED_TOP": 16, "PADDED_GROUPS": 256},
-        4,
+         "GROUPS_PER_PROGRAM": 32, "PADDED_NODES": 64, "PADDED_TOP": 16, "PADDED_GROUPS": 256}
+        | NO_NOISE, 4,
+    ),
+    "draft with noise": (
+        draft._draft_tree_kernel, DRAFT | NOISE | {"token_map": "*i64"},
+        {"NUM_HEADS": 5, "NUM_NODES": 63, "NUM_TOP": 10, "GROUP": 128, "GROUPS_PER_PROGRAM": 32,
+         "PADDED_NODES": 64, "PADDED_TOP": 16, "PADDED_GROUPS": 256, "DEPTH_STEP": 1}, 4,
     ),
     "top tokens": (
-        draft_tokens._top_tokens_kernel, TOP, RANKS | {"token_map": None, "columns": None}, 4
+        draft_tokens._top_tokens_kernel, TOP,
+        RANKS | NO_NOISE | {"token_map": None, "columns": None}, 4,
     ),
     "top tokens in columns": (
-        draft_tokens._top_tokens_kernel, TOP, RANKS | {"weights": None}, 4
+        draft_tokens._top_tokens_kernel, TOP, RANKS | NO_NOISE | {"weights": None}, 4
+    ),
+    "top tokens with noise": (
+        draft_tokens._top_tokens_kernel, TOP | NOISE,
+        RANKS | {"token_map": None, "columns": None, "DEPTH_STEP": 1}, 4,
+    ),
+    "top tokens in columns with noise": (
+        draft_tokens._top_tokens_kernel, TOP | NOISE, RANKS | {"weights": None, "DEPTH_STEP": 0}, 4
     ),
     "paths of sequential heads": (
         sequential._embed_paths_kernel, PATHS, {"SIZE": 4096, "PADDED_SIZE": 4096}, 8

@@ -46,8 +46,11 @@ def results(tmp_path_factory) -> dict[str, str | None]:
         "walk",
         "walk, two words",
         "draft",
+        "draft with noise",
         "top tokens",
         "top tokens in columns",
+        "top tokens with noise",
+        "top tokens in columns with noise",
         "paths of sequential heads",
         "update of sequential heads",
         "update without a bias",
@@ -66,4 +69,4 @@ def test_kernel_compiles(results, variant):
 
 
 def test_every_variant_is_looked_at(results):
-    assert len(results) == 26
+    assert len(results) == 29
