@@ -24,6 +24,7 @@ from report_comparisons import (
     roofline_section,
     widths_section,
 )
+from report_coupled import coupled_drafts_section
 from report_curve import draw, figure_is_current, learning_curve_section
 from report_float8 import float8_heads_section, float8_product_section
 from report_heads import (
@@ -309,6 +310,8 @@ def heads_parts() -> list[str]:
     variants = sorted(RESULTS.glob("*_head_variants*.json"))
     parts = [compared_heads_section(p) for p in [*RESULTS.glob("*_compared_heads.json"), *variants]]
     parts += [float8_heads_section(path) for path in sorted(RESULTS.glob("*_float8_heads.json"))]
+    found = sorted(RESULTS.glob("*_coupled_drafts.json"))
+    parts += [coupled_drafts_section(path) for path in found]
     parts += [training_section(path) for path in variants] + [learning_curve_section()]
     parts += [training_speed_section(path) for path in sorted(RESULTS.glob("*_training.json"))]
     return [part for part in parts if part]

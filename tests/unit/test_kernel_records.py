@@ -151,3 +151,19 @@ def test_heads_rounded_to_float8(in_results):
     text = float8_heads_section(write(in_results / "r.json", record))
     assert "80 greedy answers to MT-Bench (17,145 tokens)" in text
     assert "| H | 63 | 2.500 | 2.490 | 0.9960 (0.9900-1.0010) |" in text.splitlines()
+
+
+def test_drafts_that_know_the_noise(in_results):
+    from report_coupled import coupled_drafts_section
+
+    pair = {"alone": 1.5, "coupled": 1.5625, "ratio": 1.0417, "ratio_interval": [1.03, 1.05]}
+    row = {"nodes": 8, "one tree": pair, "chosen": pair | {"coupled": 1.6}}
+    record = {
+        "model": "M", "dtype": "float32", "num_questions": 80, "answer_tokens": 16012,
+        "temperature": 0.7, "redrawn": 0.99994, "spread": 2.0, "draft_vocab_size": 12288,
+        "heads": {"H": {"rows": [row]}},
+    }  # fmt: skip
+    text = coupled_drafts_section(write(in_results / "r.json", record))
+    assert "drew at temperature 0.7 (16,012 tokens, 99.99% drawn again" in text
+    ratio = "1.042 (1.030-1.050)"
+    assert f"| H | 8 | 1.500 | 1.562 | {ratio} | 1.500 | 1.600 | {ratio} |" in text.splitlines()

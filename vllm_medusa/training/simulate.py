@@ -217,12 +217,7 @@ def pool_places(
     >>> pool_places(np.array([[1, -1]]), log_probs, [(0,), (1,), (0, 0)]).tolist()
     [[0, 2147483647]]
     """
-    index = {path: node for node, path in enumerate(paths)}
-    costs = -log_probs
-    # A parent's cost is whole before its children's.
-    for node, path in enumerate(paths):
-        if len(path) > 1:
-            costs[:, node] += costs[:, index[path[:-1]]]
+    costs = path_costs(log_probs, paths)
     right = candidates_of(ranks, paths)
     places = np.full(ranks.shape, NOWHERE, np.int64)
     for depth in range(ranks.shape[1]):
@@ -231,6 +226,27 @@ def pool_places(
         before = (costs < cost) | ((costs == cost) & (np.arange(len(paths)) < own))
         places[:, depth] = np.where(own[:, 0] >= 0, before.sum(1), NOWHERE)
     return places
+
+
+def path_costs(
+    # [rows, nodes] float32, log probability of every node behind its parent
+    log_probs: np.ndarray,
+    # parents before their children
+    paths: Sequence[Path_],
+) -> np.ndarray:
+    """Negative log probability of every node's whole path, [rows, nodes] float32.
+
+    >>> log_probs = np.log(np.array([[0.5, 0.25]], np.float32))
+    >>> np.exp(-path_costs(log_probs, [(0,), (0, 0)])).round(3).tolist()
+    [[0.5, 0.125]]
+    """
+    index = {path: node for node, path in enumerate(paths)}
+    costs = -log_probs
+    # A parent's cost is whole before its children's.
+    for node, path in enumerate(paths):
+        if len(path) > 1:
+            costs[:, node] += costs[:, index[path[:-1]]]
+    return costs
 
 
 def candidates_of(ranks: np.ndarray, paths: Sequence[Path_]) -> np.ndarray:
