@@ -64,6 +64,12 @@ class NodeBudget:
     lookup : bool, optional
         Whether requests' histories propose too.
 
+    Attributes
+    ----------
+    is_trying : bool
+        Whether the last choice since a look was made for what it teaches: by what is known
+        another width is better.
+
     Examples
     --------
     >>> costs = StepCosts({(1, 1, 0): 1.0, (2, 1, 0): 1.2, (1, 8, 0): 1.0, (2, 8, 0): 2.0})
@@ -90,6 +96,7 @@ class NodeBudget:
             ]
         self.choices = sorted(n for n in set(choices) if n < len(self.promised))
         self.depths = range(len(self.promised)) if depths is None else depths
+        self.is_trying = False
         # nodes -> the width's share of the level, as comparisons saw it
         self._evidence: dict[int, DecayedMean] = {}
         # nodes -> request-steps and accepted tokens lately, the older the lighter; and those that
@@ -183,6 +190,7 @@ class NodeBudget:
         weighs as much again after some 380 looks.
         """
         self.settle()
+        self.is_trying = False
         self.costs.relax()
         for own in self._evidence.values():
             own.relax()
@@ -230,19 +238,22 @@ class NodeBudget:
         # Nothing is known of any width at the start: no reason to prefer one.
         most = 1.0 if bold else max(known.values(), default=0.0)
         most_timed = max(timed.values(), default=0.0)
-        rates = {}
+        rates, known_rates = {}, {}
         for nodes in self.choices:
             optimism = (BOLDNESS if bold else OPTIMISM) * (most - known.get(nodes, 0.0))
             time_optimism = TIME_OPTIMISM * (most_timed - timed[nodes])
             rate = self.rate(nodes, requests, context, optimism, time_optimism)
             if rate is not None:
                 rates[nodes] = rate
+                known_rates[nodes] = self.rate(nodes, requests, context)
         if not rates:
             return None
         best = max(rates, key=lambda n: rates[n])
         # Plain decoding need not be better by a margin: no tree may stay that loses to it.
         if current in rates and best != 0 and rates[best] < HYSTERESIS * rates[current]:
-            return current
+            best = current
+        # By what is known another would be better, so this one is here to be known.
+        self.is_trying = known_rates[best] * HYSTERESIS < max(known_rates.values())
         return best
 
 

@@ -23,6 +23,9 @@ logger = init_logger(f"vllm.{__name__}")
 
 # Steps between two looks at the nodes' price; 32 are a quarter of a second of an 8B model.
 STEPS_PER_LOOK = 32
+# A width that is only tried teaches enough in fewer: of what simulated traffic loses in its first
+# 1,600 steps to the best width, 0.9 % with 32, about half is left with 8.
+STEPS_PER_TRY = 8
 # Of prompts in a step that counts as one of its width. Longer ones cost alike under all widths.
 MOST_ROWS_BESIDE = 256
 
@@ -89,7 +92,10 @@ class TreeSchedulerMixin:
                 computed = sum(request.num_computed_tokens for request in self.running)
                 self._context = computed / max(1, len(self.running))
                 self.dynamic_sd_lookup.look_again(self._context)
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        if self._budget is not None and self._budget.is_trying:
+            self._steps_to_look = min(self._steps_to_look, STEPS_PER_TRY)
+        return output
 
     def add_request(self, request: Request) -> None:
         """Remember the request's own node budget; count its acceptance by depth."""

@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from vllm_medusa.node_budget import NodeBudget, PricedLookup
-from vllm_medusa.scheduler import STEPS_PER_LOOK
+from vllm_medusa.scheduler import STEPS_PER_LOOK, STEPS_PER_TRY
 from vllm_medusa.served_costs import ServedCosts
 from vllm_medusa.step_costs import StepCosts
 
@@ -232,6 +232,29 @@ def test_times_that_were_wrong_at_start_are_mended_in_service(kind, requests, wr
     budget = NodeBudget(traffic_frequencies(), WIDTHS, ServedCosts(timed))
     chosen = served(budget, accepts, requests, 800, random.Random(requests), costs=true)
     assert share_of_best(chosen[200:], accepts, true, requests) > 0.98
+
+
+def test_a_width_is_tried_for_what_it_teaches_and_not_for_long():
+    """What is not known is taken for better than it is, until it is known."""
+    costs, draw = traffic_costs(per_row=0.004, free=100), random.Random(1)
+    budget = NodeBudget(traffic_frequencies(), WIDTHS, ServedCosts(costs))
+    accepts, lookup = {0: 0.0} | PROMISED, PricedLookup(budget, [63] * 9)
+    tries = {}
+    for _ in range(100):
+        lookup.look_again(0)
+        assert not budget.is_trying
+        current = lookup[8]
+        tries.setdefault(current, []).append(budget.is_trying)
+        for _ in range(STEPS_PER_TRY if budget.is_trying else STEPS_PER_LOOK):
+            budget.costs.observe(current + 1, 8, 0, costs.of(current + 1, 8, 0))
+            for _ in range(8 if current else 0):
+                accepted = sum(draw.random() < accepts[current] / 6 for _ in range(6))
+                budget.observe(current, accepted)
+    best = max(WIDTHS, key=lambda n: (1 + accepts[n]) / costs.of(n + 1, 8, 0))
+    others = [is_try for nodes, all_ in tries.items() if nodes != best for is_try in all_]
+    assert sum(tries[best]) < 0.2 * len(tries[best])
+    assert sum(others) > 0.5 * len(others) > 0
+    assert len(tries[best]) > 60
 
 
 def test_the_choice_follows_the_traffic():
