@@ -38,7 +38,7 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "peers": ["xformers>=0.0.35", "flashinfer-python>=0.6.13"],
         "train": ["transformers", "gguf", "matplotlib", "accelerate>=1.0", "peft", "pyarrow"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"],
     },
     entry_points={
         "console_scripts": ["vllm-medusa = vllm_medusa.cli:main"],

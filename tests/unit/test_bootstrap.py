@@ -387,7 +387,9 @@ def test_inner_commands():
 
     (demo,) = bootstrap.inner_commands("demo", ["--eager"], python, repository)
     assert demo == ["/v/bin/python", "-P", "-m", "vllm_medusa.demo.demo", "--eager"]
-    quick = ["-m", "not slow and not gpu"]
+    side_by_side = ["-n", "auto", "--maxprocesses", "4"]
+    by_module = ["--dist", "loadscope", "--no-loadscope-reorder"]
+    quick = ["-m", "not slow and not gpu", *side_by_side, *by_module]
     assert commands("test") == [
         ["pytest", "/r/tests/kernels", *quick],
         ["pytest", "/r/tests", "--ignore=/r/tests/kernels", *quick],

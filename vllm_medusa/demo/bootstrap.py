@@ -70,7 +70,12 @@ def inner_commands(task: str, arguments: list, python: Path, repository: Path) -
         return [[*inside, "ruff", "check", *(arguments or [str(repository)])]]
     if arguments:
         return [[*inside, "pytest", *arguments]]
-    quick = ["-m", "not slow and not gpu"]
+    # A process for each core, of which every engine and kernel of a test uses one; four at most
+    # fit 16 GB. A module's tests share fixtures and stay in one process; those with engines are
+    # collected first and, few as they are, have to start first.
+    side_by_side = ["-n", "auto", "--maxprocesses", "4"]
+    by_module = ["--dist", "loadscope", "--no-loadscope-reorder"]
+    quick = ["-m", "not slow and not gpu", *side_by_side, *by_module]
     tests, kernels = str(repository / "tests"), str(repository / "tests" / "kernels")
     # Without a GPU the kernels run in Triton's interpreter, which is chosen for a
     # whole process when Triton is imported; vLLM must not see it.

