@@ -149,10 +149,9 @@ def _draft_tree_kernel(
     row_map = None
     if token_map is not None:
         row_map = token_map + head.to(tl.int64) * map_stride
-    hash_state, temperature = tl.full([], 0, tl.uint32), tl.full([], 0.0, tl.float32)
+    own_depth = depth + head * DEPTH_STEP
+    hash_state, temperature = load_draw(seeds, temperatures, lengths, slots, req, own_depth)
     if seeds is not None:
-        own_depth = depth + head * DEPTH_STEP
-        hash_state, temperature = load_draw(seeds, temperatures, lengths, slots, req, own_depth)
         ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         values = with_noise(
             values, ids, ids < vocab_size, row_map, hash_state, temperature, spread

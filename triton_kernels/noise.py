@@ -58,14 +58,18 @@ def gumbel_noise(hashes):
 def load_draw(seeds, temperatures, lengths, slots, req, depth):
     """What a row's draw depends on: its hash, and the temperature, 0 for none.
 
-    A node of depth d is drawn at its parent's row, d - 1 behind the root's position.
+    A node of depth d is drawn at its parent's row, d - 1 behind the root's position.  Without
+    `seeds` there is no noise.
     """
-    slot = tl.load(slots + req).to(tl.int64)
-    is_request = slot >= 0
-    temperature = tl.load(temperatures + slot, mask=is_request, other=0.0)
-    seed = tl.load(seeds + slot, mask=is_request, other=0)
-    length = tl.load(lengths + slot, mask=is_request, other=0).to(tl.int64)
-    return row_hash(seed, length - 2 + depth), temperature
+    hash_state, temperature = tl.full([], 0, tl.uint32), tl.full([], 0.0, tl.float32)
+    if seeds is not None:
+        slot = tl.load(slots + req).to(tl.int64)
+        is_request = slot >= 0
+        temperature = tl.load(temperatures + slot, mask=is_request, other=0.0)
+        seed = tl.load(seeds + slot, mask=is_request, other=0)
+        length = tl.load(lengths + slot, mask=is_request, other=0).to(tl.int64)
+        hash_state = row_hash(seed, length - 2 + depth)
+    return hash_state, temperature
 
 
 @triton.jit

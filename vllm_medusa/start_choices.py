@@ -192,7 +192,8 @@ def choose_coupling(
 ) -> bool:
     """Whether drafts of sampled requests use the sampler's noise: by default on GPUs.
 
-    On a CPU the noise of a vocabulary costs more time than the few nodes of its trees gain.
+    On a CPU the noise costs more time than the few nodes of its trees gain: for four heads of
+    12,288 ids 1 ms of a step's 14 or so, where 2 to 5 % more tokens are to be had.
 
     Raises
     ------
