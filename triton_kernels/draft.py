@@ -151,11 +151,9 @@ def _draft_tree_kernel(
         row_map = token_map + head.to(tl.int64) * map_stride
     own_depth = depth + head * DEPTH_STEP
     hash_state, temperature = load_draw(seeds, temperatures, lengths, slots, req, own_depth)
-    if seeds is not None:
-        ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        values = with_noise(
-            values, ids, ids < vocab_size, row_map, hash_state, temperature, spread
-        )
+    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    is_token = ids < vocab_size
+    values = with_noise(values, ids, is_token, row_map, hash_state, temperature, spread)
     group_keys = sortable(tl.max(values, 1))
     tl.store(row_maxima + groups, group_keys, mask=groups < num_groups)
     # All threads' maxima are written before one thread announces them; acquire and release

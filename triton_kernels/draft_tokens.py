@@ -131,10 +131,8 @@ def _top_tokens_kernel(
         row_map = token_map + head.to(tl.int64) * map_stride
     own_depth = depth + head * DEPTH_STEP
     hash_state, temperature = load_draw(seeds, temperatures, lengths, slots, req, own_depth)
-    if seeds is not None:
-        values = with_noise(
-            values, ids, ids < vocab_size, row_map, hash_state, temperature, spread
-        )
+    is_token = ids < vocab_size
+    values = with_noise(values, ids, is_token, row_map, hash_state, temperature, spread)
     group_maxima = tl.max(values, 1)
     tl.store(row_maxima + groups, sortable(group_maxima), mask=groups < num_groups)
     largest = _finite(tl.max(group_maxima, 0))
