@@ -209,8 +209,7 @@ def _check_noise(noise: DrawNoise | None, num_reqs: int, device: torch.device) -
     _check_contiguous("noise.temperatures", noise.temperatures, slots, torch.float32, device)
     _check_contiguous("noise.lengths", noise.lengths, slots, torch.int32, device)
     dtypes = (torch.int64, torch.int32)
-    check_tensor("noise.slots", noise.slots, shape=[num_reqs], dtype=dtypes, device=device)
-    require(noise.slots.is_contiguous(), "noise.slots", "strides", "a contiguous tensor")
+    _check_contiguous("noise.slots", noise.slots, [num_reqs], dtypes, device)
     require(noise.depth >= 1, "noise.depth", noise.depth, "at least 1")
     require(noise.depth_step in (0, 1), "noise.depth_step", noise.depth_step, "0 or 1")
     require(noise.spread > 0.0, "noise.spread", noise.spread, "above 0")
@@ -220,7 +219,7 @@ def _check_contiguous(
     name: str,
     tensor: torch.Tensor,
     shape: list[int | None],
-    dtype: torch.dtype,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
     check_tensor(name, tensor, shape=shape, dtype=dtype, device=device)

@@ -121,7 +121,7 @@ def seeded(tiny, run_job, seeded_batches) -> Callable[..., dict]:
     @functools.cache
     def run(tree: str, coupled: bool) -> dict:
         limits = TIGHT if tree == "static" and not coupled else WIDE
-        extra = {"num_speculative_tokens": 15, "tree": tree, "coupled_drafts": coupled}
+        extra = {"num_speculative_tokens": 63, "tree": tree, "coupled_drafts": coupled}
         engine = {"model": tiny["model"], **ENGINE, **limits, **medusa(tiny, **extra)}
         return run_job(engine, seeded_batches)
 
